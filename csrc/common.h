@@ -1,0 +1,106 @@
+// What every source shares: the host-device marker, fixed inlining, stored types and their conversions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>  // memcpy
+
+#if defined(__CUDACC__)
+#define FASTOPT_HD __host__ __device__ __forceinline__
+#else
+// A rule must be inlined into the loop that is compiled for each instruction set, or it would run as baseline code.
+#define FASTOPT_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastopt {
+
+// Stored 16-bit types. They only hold bits: every rule and loss computes in float or double.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+// The type in which a stored type is computed.
+template <class S>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <class S>
+using compute_t = typename ComputeType<S>::type;
+
+template <class To, class From>
+FASTOPT_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+FASTOPT_HD double load(double value) { return value; }
+FASTOPT_HD float load(float value) { return value; }
+FASTOPT_HD float load(BFloat16 value) { return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+
+// Without branches, so that it vectorises: the exponent is rebased by a multiplication, subnormals by a subtraction.
+FASTOPT_HD float load(Half value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  const float normal = bit_cast<float>((magnitude << 13) + (224u << 23)) * 0x1p-112f;
+  const float subnormal = bit_cast<float>(magnitude | (126u << 23)) - 0.5f;
+  const float absolute = magnitude < 0x0400u ? subnormal : normal;
+  return bit_cast<float>(bit_cast<uint32_t>(absolute) | sign);
+}
+
+FASTOPT_HD void store(double& to, double value) { to = value; }
+FASTOPT_HD void store(float& to, float value) { to = value; }
+
+// Round to nearest, ties to even; a NaN stays a NaN.
+FASTOPT_HD void store(BFloat16& to, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+// Round to nearest, ties to even: adding a power of two that aligns the last kept bit lets the addition round.
+FASTOPT_HD void store(Half& to, float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias the exponent and round the 13 dropped bits in integers; overflow carries into infinity.
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: 0.5 has its last bit at 2^-24, the step of half's subnormals.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= (143u << 23) ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  to.bits = static_cast<uint16_t>(sign | half);
+}
+
+// Calls f with an empty value of the stored type that a DType names.
+template <class F>
+auto with_stored_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Half{});
+    default: return f(float{});
+  }
+}
+
+// Calls f with std::true_type's and std::false_type's equivalent, so that a flag becomes a type.
+template <bool kValue>
+struct BoolConstant {
+  static constexpr bool value = kValue;
+};
+template <class F>
+auto with_bool(bool value, F&& f) {
+  return value ? f(BoolConstant<true>{}) : f(BoolConstant<false>{});
+}
+
+}  // namespace fastopt

@@ -1,0 +1,262 @@
+// Divides a cross-entropy problem into tasks of fixed size, whatever the number of threads, and runs them.
+#include "cpu/cross_entropy.h"
+
+#include <algorithm>  // max, min
+#include <vector>
+
+#include "cpu/cross_entropy_tile.h"
+
+namespace fastopt::cpu {
+namespace {
+
+// Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one.
+constexpr int64_t kMaxNarrowClasses = 64;
+constexpr int64_t kLogitsPerTask = 2048;
+// Logits below which another thread costs more than it saves.
+constexpr int64_t kMinLogitsPerThread = 4096;
+// Elements of a tile, so that its passes over the classes stay in the second-level cache.
+constexpr int64_t kTileElements = 32768;
+constexpr int64_t kLanes = 16;
+
+// Memory of one thread that outlives a call; grows to the widest row it has seen.
+template <class T>
+T* scratch(int64_t n, int slot) {
+  thread_local std::vector<T> buffers[3];
+  if (static_cast<int64_t>(buffers[slot].size()) < n) buffers[slot].resize(n);
+  return buffers[slot].data();
+}
+
+template <class T>
+TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
+  const double smoothing = p.label_smoothing;
+  const double off = smoothing / p.logits_layout.n_classes;
+  return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
+}
+
+template <class S>
+void fill_zero(S* grad, int64_t n) {
+  memset(static_cast<void*>(grad), 0, n * sizeof(S));
+}
+
+// One row at a time; the sum of their losses.
+template <class S, TargetKind kTarget, bool kWantsGrad>
+double run_rows(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
+  using T = compute_t<S>;
+  using G = gradient_t<S>;
+  constexpr bool kHasTarget = has_index(kTarget);
+  const int64_t n_classes = p.logits_layout.n_classes;
+  const TargetTerms<T> shared_terms = target_terms<T>(p);
+  double* offsets = scratch<double>(n_classes / kRowBlock + 1, 0);
+  double sum = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    G* grad = kWantsGrad ? static_cast<G*>(p.grad) + i * p.grad_layout.outer_stride : nullptr;
+    double loss = 0;
+    if (kHasTarget && p.target[i] == p.ignore_index) {
+      if constexpr (kWantsGrad) fill_zero(grad, n_classes);
+    } else {
+      Row<S> row{};
+      row.logits = static_cast<const S*>(p.logits) + i * p.logits_layout.outer_stride;
+      row.grad = grad;
+      row.offsets = offsets;
+      row.n_classes = n_classes;
+      if constexpr (std::is_same_v<G, T>) {
+        row.exps = grad;
+      } else if constexpr (kWantsGrad) {
+        row.exps = scratch<T>(n_classes, 1);
+      }
+      TargetTerms<T> terms = shared_terms;
+      if constexpr (kHasTarget) {
+        row.target = p.target[i];
+        if (terms.weight) terms.on *= terms.weight[row.target];
+      } else {
+        row.probabilities = static_cast<const S*>(p.probabilities) + i * p.probabilities_layout.outer_stride;
+      }
+      loss = row_cross_entropy<S, kTarget, kWantsGrad>(row, terms, p.grad_scale);
+    }
+    if (p.losses) store(static_cast<S*>(p.losses)[i], static_cast<T>(loss));
+    sum += loss;
+  }
+  return sum;
+}
+
+// A view of positions side by side: where logits and the like of (class, position) lie.
+struct TileView {
+  int64_t offset, class_stride, position_stride;
+  static TileView of(const LogitLayout& layout, int64_t outer, int64_t first) {
+    if (layout.is_rows()) return {first * layout.outer_stride, 1, layout.outer_stride};
+    return {outer * layout.outer_stride + first, layout.class_stride, 1};
+  }
+};
+
+// `width` positions from `first` of image `outer` (of all rows, for rows), as one tile; the sum of their losses.
+template <class S, TargetKind kTarget, bool kWantsGrad>
+double run_tile(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t width) {
+  using T = compute_t<S>;
+  using G = gradient_t<S>;
+  const int64_t n_classes = p.logits_layout.n_classes;
+  const bool is_rows = p.logits_layout.is_rows();
+  const int64_t first_position = is_rows ? first : outer * p.logits_layout.n_inner + first;
+
+  // Lanes past the last position compute on zeros, so that no vector is left to a scalar loop.
+  const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
+  int64_t targets[kMaxTileWidth];
+  Tile<T> tile{};
+  tile.n_classes = n_classes;
+  tile.width = width;
+  tile.ignore_index = p.ignore_index;
+  tile.target = p.target ? p.target + first_position : nullptr;
+  const auto take = [&](const void* from, const LogitLayout& layout, int slot, const T*& data, int64_t& stride) {
+    const TileView view = TileView::of(layout, outer, first);
+    const S* begin = static_cast<const S*>(from) + view.offset;
+    if constexpr (std::is_same_v<S, T>) {
+      if (view.position_stride == 1 && !is_rows) {
+        data = begin;
+        stride = view.class_stride;
+        return;
+      }
+    }
+    T* copy = scratch<T>(n_classes * padded, slot);
+    for (int64_t c = 0; c < n_classes; ++c) std::fill(copy + c * padded + width, copy + (c + 1) * padded, T(0));
+    copy_tile(begin, view.class_stride, view.position_stride, copy, padded, int64_t(1), n_classes, width);
+    data = copy;
+    stride = padded;
+    tile.width = padded;
+  };
+  take(p.logits, p.logits_layout, 0, tile.logits, tile.logit_stride);
+  if (p.probabilities) take(p.probabilities, p.probabilities_layout, 1, tile.probabilities, tile.probability_stride);
+  if (tile.target && tile.width != width) {
+    std::copy(tile.target, tile.target + width, targets);
+    std::fill(targets + width, targets + tile.width, p.ignore_index);
+    tile.target = targets;
+  }
+
+  const TileView grad_view = kWantsGrad ? TileView::of(p.grad_layout, outer, first) : TileView{};
+  G* grad = kWantsGrad ? static_cast<G*>(p.grad) + grad_view.offset : nullptr;
+  bool writes_in_place = false;
+  if constexpr (kWantsGrad) {
+    if constexpr (std::is_same_v<G, T>) {
+      writes_in_place = tile.width == width && grad_view.position_stride == 1 && !is_rows;
+      if (writes_in_place) {
+        tile.grad = grad;
+        tile.grad_stride = grad_view.class_stride;
+      }
+    }
+    if (!writes_in_place) {
+      tile.grad = scratch<T>(n_classes * padded, 2);
+      tile.grad_stride = padded;
+    }
+  }
+  double losses[kMaxTileWidth];
+  tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
+  if constexpr (kWantsGrad) {
+    if (!writes_in_place) {
+      copy_tile(tile.grad, padded, int64_t(1), grad, grad_view.class_stride, grad_view.position_stride, n_classes,
+                width);
+    }
+  }
+  double sum = 0;
+  for (int64_t j = 0; j < width; ++j) {
+    if (p.losses) store(static_cast<S*>(p.losses)[first_position + j], static_cast<T>(losses[j]));
+    sum += losses[j];
+  }
+  return sum;
+}
+
+template <class F>
+auto with_kind(TargetKind kind, F&& f) {
+  switch (kind) {
+    case TargetKind::kIndexUniform: return f(std::integral_constant<TargetKind, TargetKind::kIndexUniform>{});
+    case TargetKind::kIndexWeighted: return f(std::integral_constant<TargetKind, TargetKind::kIndexWeighted>{});
+    case TargetKind::kProbability: return f(std::integral_constant<TargetKind, TargetKind::kProbability>{});
+    case TargetKind::kProbabilityWeighted:
+      return f(std::integral_constant<TargetKind, TargetKind::kProbabilityWeighted>{});
+    default: return f(std::integral_constant<TargetKind, TargetKind::kIndex>{});
+  }
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Threads at_most(const Threads& threads, int64_t n_elements) {
+  return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.parallel_for};
+}
+
+}  // namespace
+
+TargetTally tally_targets(const CrossEntropyProblem& p, const Threads& threads) {
+  const LogitLayout& layout = p.logits_layout;
+  const int64_t n = layout.n_outer * layout.n_inner;
+  constexpr int64_t kTargetsPerTask = 16384;
+  std::vector<TargetTally> parts(divide_up(n, kTargetsPerTask));
+  run_tasks(at_most(threads, n), parts.size(), [&](int64_t task) {
+    TargetTally part;
+    const int64_t end = std::min(n, (task + 1) * kTargetsPerTask);
+    for (int64_t i = task * kTargetsPerTask; i < end; ++i) {
+      const int64_t t = p.target[i];
+      if (t == p.ignore_index) continue;
+      if (t < 0 || t >= layout.n_classes) {
+        part.is_valid = false;
+        part.bad_target = t;
+        break;
+      }
+      ++part.n_kept;
+      if (p.weight) {
+        part.weight_sum += p.dtype == DType::kFloat64 ? static_cast<const double*>(p.weight)[t]
+                                                      : static_cast<const float*>(p.weight)[t];
+      }
+    }
+    parts[task] = part;
+  });
+  TargetTally tally;
+  for (const TargetTally& part : parts) {
+    tally.n_kept += part.n_kept;
+    tally.weight_sum += part.weight_sum;
+    if (tally.is_valid && !part.is_valid) {
+      tally.is_valid = false;
+      tally.bad_target = part.bad_target;
+    }
+  }
+  if (!p.weight) tally.weight_sum = static_cast<double>(tally.n_kept);
+  return tally;
+}
+
+double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
+  const LogitLayout& layout = p.logits_layout;
+  const int64_t n_classes = layout.n_classes;
+  const bool is_rows = layout.is_rows();
+  const bool is_tiled = !is_rows || n_classes <= kMaxNarrowClasses;
+  // Positions of one task: a whole number of tiles, or of rows.
+  int64_t width = 1;
+  if (is_tiled) {
+    width = std::min(std::max(kTileElements / n_classes / kLanes * kLanes, kLanes), kMaxTileWidth);
+    if (is_rows)
+      width = std::min(std::max(divide_up(kLogitsPerTask / n_classes, kLanes) * kLanes, kLanes), kMaxTileWidth);
+  } else {
+    width = std::max<int64_t>(kLogitsPerTask / n_classes, 1);
+  }
+  const int64_t n_line = is_rows ? layout.n_outer : layout.n_inner;
+  const int64_t tasks_per_line = divide_up(n_line, width);
+  const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
+
+  std::vector<double> sums(n_tasks);
+  with_stored_type(p.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    with_kind(p.kind(), [&](auto kind) {
+      with_bool(p.grad != nullptr, [&](auto wants_grad) {
+        constexpr TargetKind kTarget = decltype(kind)::value;
+        constexpr bool kWantsGrad = decltype(wants_grad)::value;
+        run_tasks(at_most(threads, layout.n_outer * layout.n_inner * n_classes), n_tasks, [&](int64_t task) {
+          const int64_t outer = task / tasks_per_line;
+          const int64_t first = (task % tasks_per_line) * width;
+          const int64_t n = std::min(width, n_line - first);
+          sums[task] = is_tiled ? run_tile<S, kTarget, kWantsGrad>(p, outer, first, n)
+                                : run_rows<S, kTarget, kWantsGrad>(p, first, first + n);
+        });
+      });
+    });
+  });
+  double sum = 0;
+  for (const double part : sums) sum += part;
+  return sum;
+}
+
+}  // namespace fastopt::cpu

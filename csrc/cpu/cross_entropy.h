@@ -1,0 +1,22 @@
+// Cross-entropy on the CPU: loss, and gradient if wanted, in one sweep over the logits.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "losses/cross_entropy.h"
+
+namespace fastopt::cpu {
+
+struct TargetTally {
+  int64_t n_kept = 0;      // targets that are not ignore_index
+  double weight_sum = 0;   // of their classes
+  bool is_valid = true;    // all kept targets are classes
+  int64_t bad_target = 0;  // the first that is not
+};
+
+// Reads the targets once, before anything is indexed by them.
+TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& threads);
+
+// Returns the sum of the losses; the same for any number of threads.
+double cross_entropy(const CrossEntropyProblem& problem, const Threads& threads);
+
+}  // namespace fastopt::cpu

@@ -1,0 +1,32 @@
+// One binary, several instruction sets: functions marked FASTOPT_CLONES are compiled for each and chosen at load time.
+#pragma once
+
+// Levels by feature (v3: AVX2 and FMA; v4: AVX-512), not by processor name: names would leave other makers on baseline.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTOPT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#define FASTOPT_CPU_HAS_V3 __builtin_cpu_supports("x86-64-v3")
+#define FASTOPT_CPU_HAS_V4 __builtin_cpu_supports("x86-64-v4")
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// Before GCC 12 the dispatcher does not know the levels.
+#define FASTOPT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#define FASTOPT_CPU_HAS_V3 __builtin_cpu_supports("avx2")
+#define FASTOPT_CPU_HAS_V4 __builtin_cpu_supports("avx512f")
+#else
+// AArch64's baseline has NEON; other compilers get their own baseline.
+#define FASTOPT_CLONES
+#define FASTOPT_CPU_HAS_V3 false
+#define FASTOPT_CPU_HAS_V4 false
+#endif
+
+namespace fastopt::cpu {
+
+// "avx512", "avx2", "neon" or "baseline": what the functions marked FASTOPT_CLONES run as on this machine.
+inline const char* instruction_set() {
+#if defined(__aarch64__)
+  return "neon";
+#else
+  return FASTOPT_CPU_HAS_V4 ? "avx512" : FASTOPT_CPU_HAS_V3 ? "avx2" : "baseline";
+#endif
+}
+
+}  // namespace fastopt::cpu

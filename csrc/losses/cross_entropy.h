@@ -1,0 +1,87 @@
+// Cross-entropy of one row of logits x against a distribution q over classes: what every device's loops compute.
+//
+//   loss = sum_c q_c (lse - x_c),  lse = log sum_c exp(x_c),  gradient_c = Q exp(x_c - lse) - q_c,  Q = sum_c q_c
+//
+// Class index t, smoothing s, class weights w:  q_c = (1 - s) w_t [c = t] + (s / C) w_c
+// Class probabilities y:                        q_c = w_c ((1 - s) y_c + s / C)
+#pragma once
+
+#include <cmath>   // log
+#include <limits>  // numeric_limits
+
+#include "common.h"
+
+namespace fastopt {
+
+// How q_c is spread: on the target alone, also evenly, also by weight, or over given probabilities, maybe weighted.
+enum class TargetKind : int8_t { kIndex, kIndexUniform, kIndexWeighted, kProbability, kProbabilityWeighted };
+
+constexpr bool has_index(TargetKind kind) { return kind <= TargetKind::kIndexWeighted; }
+
+// Positions are (outer, inner); a logit's offset is outer * outer_stride + class * class_stride + inner * inner_stride.
+// Either class_stride is 1 (rows; n_inner is 1) or inner_stride is 1 (columns).
+struct LogitLayout {
+  int64_t n_outer, n_classes, n_inner;
+  int64_t outer_stride, class_stride;
+  bool is_rows() const { return n_inner == 1 && class_stride == 1; }
+};
+
+struct CrossEntropyProblem {
+  DType dtype;  // of logits, probabilities and losses
+  const void* logits;
+  LogitLayout logits_layout;
+  const int64_t* target;      // class of each position, or null
+  const void* probabilities;  // laid out as probabilities_layout, or null
+  LogitLayout probabilities_layout;
+  const void* weight;  // of each class, in the compute type, or null
+  int64_t ignore_index;
+  double label_smoothing;
+  double weight_sum;  // of all classes; n_classes if weight is null
+  void* grad;         // d loss / d logits times grad_scale, or null; float for float16 logits, else dtype
+  LogitLayout grad_layout;
+  double grad_scale;
+  void* losses;  // of each position, or null
+
+  TargetKind kind() const {
+    if (probabilities) return weight ? TargetKind::kProbabilityWeighted : TargetKind::kProbability;
+    if (label_smoothing == 0) return TargetKind::kIndex;
+    return weight ? TargetKind::kIndexWeighted : TargetKind::kIndexUniform;
+  }
+};
+
+// q of one row, in the compute type.
+template <class T>
+struct TargetTerms {
+  double on;          // q that is added at the target: (1 - s) w_t
+  double spread_sum;  // q that is spread over the classes: s / C sum w; not known beforehand for probabilities
+  T off;              // s / C
+  T keep;             // 1 - s
+  const T* weight;    // of each class, or null
+};
+
+// The running maximum, and what is summed relative to it. Sums are kept in double; blocks of them come from the loops.
+struct RowSums {
+  // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
+  double max;
+  double exp_sum = 0;  // sum exp(x - max)
+  double q_sum = 0;    // sum q
+  double qx_sum = 0;   // sum q (x - max)
+
+  FASTOPT_HD void rebase(double new_max) {
+    exp_sum *= std::exp(max - new_max);
+    qx_sum += q_sum * (max - new_max);
+    max = new_max;
+  }
+};
+
+// The loss of a row: `on` at the target, and the sums' q spread over the classes.
+FASTOPT_HD double row_loss(const RowSums& sums, double on, double target_logit, bool has_target, bool has_spread) {
+  const double log_sum = std::log(sums.exp_sum);
+  double loss = 0;
+  // Differences of logits first: a shift common to all logits must not change the loss.
+  if (has_target) loss += on * (log_sum - (target_logit - sums.max));
+  if (has_spread) loss += sums.q_sum * log_sum - sums.qx_sum;
+  return loss;
+}
+
+}  // namespace fastopt

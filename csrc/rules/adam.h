@@ -1,0 +1,61 @@
+// Adam (Kingma & Ba, 2015, algorithm 1), AMSGrad (Reddi et al., 2018), and AdamW's decoupled weight decay
+// (Loshchilov & Hutter, 2019), with epsilon outside the root as in torch.optim.Adam.
+#pragma once
+
+#include <cmath>  // pow, sqrt
+
+#include "common.h"
+
+namespace fastopt {
+
+struct AdamOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool amsgrad, maximize, decoupled_weight_decay;
+};
+
+// state: exp_avg, exp_avg_sq[, max_exp_avg_sq].
+template <class T, bool kAmsgrad>
+struct Adam {
+  using Real = T;
+  static constexpr int kStates = 2 + kAmsgrad;
+  T step_size, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
+  bool has_l2_decay, has_decoupled_decay;
+
+  // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
+  // (lr / c1) m / (sqrt(v / c2) + eps) = (lr sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)), one division instead of two.
+  static Adam at_step(const AdamOptions& o, double step) {
+    const double bias_correction1 = 1 - std::pow(o.beta1, step);
+    const double bias_correction2_sqrt = std::sqrt(1 - std::pow(o.beta2, step));
+    const bool has_decay = o.weight_decay != 0;
+    return {T(o.lr * bias_correction2_sqrt / bias_correction1),
+            T(1 - o.beta1),
+            T(o.beta2),
+            T(1 - o.beta2),
+            T(o.eps * bias_correction2_sqrt),
+            T(o.weight_decay),
+            T(o.lr * o.weight_decay),
+            T(o.maximize ? -1 : 1),
+            has_decay && !o.decoupled_weight_decay,
+            has_decay && o.decoupled_weight_decay};
+  }
+
+  FASTOPT_HD void operator()(T& param, T grad, T* state) const {
+    grad *= sign;
+    if (has_decoupled_decay) param -= decoupled_decay * param;
+    if (has_l2_decay) grad += l2_decay * param;
+    T& exp_avg = state[0];
+    T& exp_avg_sq = state[1];
+    exp_avg += one_minus_beta1 * (grad - exp_avg);
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad;
+    T variance = exp_avg_sq;
+    if constexpr (kAmsgrad) {
+      // A NaN on either side must win, as in torch.maximum.
+      T& max_exp_avg_sq = state[2];
+      max_exp_avg_sq = exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq ? exp_avg_sq : max_exp_avg_sq;
+      variance = max_exp_avg_sq;
+    }
+    param -= step_size * exp_avg / (std::sqrt(variance) + eps);
+  }
+};
+
+}  // namespace fastopt

@@ -1,0 +1,83 @@
+// The list of rules: every update for which the CPU and CUDA loops are compiled, and what one call of a loop is given.
+#pragma once
+
+#include <cstdint>
+#include <cstring>  // memcpy
+
+#include "rules/adam.h"
+#include "rules/rmsprop.h"
+#include "rules/sgd.h"
+
+// Rules in one template argument, as the list below needs them.
+namespace fastopt {
+template <class T>
+using SgdHeavyBall = SgdMomentum<T, false>;
+template <class T>
+using SgdNesterov = SgdMomentum<T, true>;
+template <class T>
+using RmsPropPlain = RmsProp<T, false, false>;
+template <class T>
+using RmsPropMomentum = RmsProp<T, true, false>;
+template <class T>
+using RmsPropCentered = RmsProp<T, false, true>;
+template <class T>
+using RmsPropCenteredMomentum = RmsProp<T, true, true>;
+template <class T>
+using AdamPlain = Adam<T, false>;
+template <class T>
+using AdamAmsgrad = Adam<T, true>;
+}  // namespace fastopt
+
+#define FASTOPT_RULES(X)     \
+  X(Sgd)                     \
+  X(SgdHeavyBall)            \
+  X(SgdNesterov)             \
+  X(RmsPropPlain)            \
+  X(RmsPropMomentum)         \
+  X(RmsPropCentered)         \
+  X(RmsPropCenteredMomentum) \
+  X(AdamPlain)               \
+  X(AdamAmsgrad)
+
+namespace fastopt {
+
+#define FASTOPT_RULE_ID(Rule) k##Rule,
+enum class RuleId : int32_t { FASTOPT_RULES(FASTOPT_RULE_ID) kCount };
+#undef FASTOPT_RULE_ID
+
+#define FASTOPT_RULE_ID_OF(Rule)                                           \
+  constexpr RuleId rule_id(const Rule<float>&) { return RuleId::k##Rule; } \
+  constexpr RuleId rule_id(const Rule<double>&) { return RuleId::k##Rule; }
+FASTOPT_RULES(FASTOPT_RULE_ID_OF)
+#undef FASTOPT_RULE_ID_OF
+
+constexpr int kMaxStates = 3;
+constexpr int kMaxRuleBytes = 96;
+
+// A finished rule of one step, as bytes: float for all stored types but double.
+struct RuleValue {
+  RuleId id;
+  int32_t n_states;
+  alignas(16) char bytes[kMaxRuleBytes];
+
+  template <class Rule>
+  static RuleValue of(const Rule& rule) {
+    static_assert(sizeof(Rule) <= kMaxRuleBytes, "a rule's constants must fit");
+    static_assert(Rule::kStates <= kMaxStates, "a rule's states must fit");
+    RuleValue value{rule_id(rule), Rule::kStates, {}};
+    memcpy(value.bytes, &rule, sizeof(Rule));
+    return value;
+  }
+};
+
+// One tensor's update: dense memory, the same order of elements in parameter, gradient and states.
+struct Slab {
+  void* param;
+  const void* grad;
+  void* state[kMaxStates];
+  int64_t numel;
+  int32_t rule;  // index into the step's RuleValues
+  DType dtype;   // of parameter, gradient and states
+};
+
+}  // namespace fastopt

@@ -1,0 +1,71 @@
+// What all glue shares: which tensors kernels take, the thread pool, and counts of what ran.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <optional>
+
+#include "common.h"
+#include "cpu/parallel.h"
+
+namespace fastopt {
+
+// Keys of an ordinary strided CPU tensor. A lazy negation, a subclass with its own dispatch, a functional wrapper, a
+// batched or quantised tensor has others, and is not for a kernel that reads raw memory.
+inline bool is_plain_cpu(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  return (tensor.key_set() | plain) == plain;
+}
+
+inline std::optional<DType> dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return DType::kFloat64;
+    case at::kFloat: return DType::kFloat32;
+    case at::kBFloat16: return DType::kBFloat16;
+    case at::kHalf: return DType::kFloat16;
+    default: return std::nullopt;
+  }
+}
+
+// The value of a tensor of one number in CPU memory, if it is one.
+inline std::optional<double> number_in(const at::Tensor& tensor) {
+  const auto dtype = dtype_of(tensor);
+  if (!dtype || !is_plain_cpu(tensor) || tensor.numel() != 1) return std::nullopt;
+  return with_stored_type(*dtype, [&](auto stored) {
+    return std::optional<double>(load(*static_cast<const decltype(stored)*>(tensor.const_data_ptr())));
+  });
+}
+
+// torch's own pool and thread count; inside another parallel region a single thread.
+inline cpu::Threads torch_threads() {
+  const auto parallel_for = [](int64_t n_tasks, void (*task)(void*, int64_t), void* context) {
+    const int64_t n_threads = at::get_num_threads();
+    if (n_tasks <= n_threads) {
+      at::parallel_for(0, n_tasks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) task(context, i);
+      });
+      return;
+    }
+    // More tasks than threads: each thread takes the next one when it is free.
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
+      for (int64_t i = next++; i < n_tasks; i = next++) task(context, i);
+    });
+  };
+  return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for};
+}
+
+// Calls that reached a kernel, so that a test can prove which path ran.
+struct KernelCalls {
+  std::atomic<int64_t> update{0};
+  std::atomic<int64_t> cross_entropy{0};
+};
+inline KernelCalls& kernel_calls() {
+  static KernelCalls calls;
+  return calls;
+}
+
+}  // namespace fastopt

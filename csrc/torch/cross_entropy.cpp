@@ -1,0 +1,223 @@
+#include "torch/cross_entropy.h"
+
+#include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <mutex>
+#include <type_traits>  // is_same_v
+
+#include "torch/context.h"
+#include "torch/cross_entropy_kernel.h"
+
+namespace fastopt {
+namespace {
+
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<at::Tensor>;
+
+const at::Tensor* pointer_to(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
+}
+
+at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  return at::cross_entropy_loss_symint(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+}
+
+// --- The operators' kernels on the CPU ---------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& input, const at::Tensor& target,
+                                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                               double label_smoothing, bool wants_grad) {
+  auto [loss, grad] =
+      cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, wants_grad);
+  if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
+  return {loss, grad};
+}
+
+// Multiplies the gradient of the loss by the loss's own gradient: a number, or one for each position.
+at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
+  at::Tensor factor = grad_output;
+  if (grad_output.dim() > 0 || grad.dim() == 1) factor = grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1);
+  if (const auto value = number_in(grad_output); value == 1.0) {
+    return grad.scalar_type() == dtype ? grad : grad.to(dtype);
+  }
+  if (may_reuse && grad.scalar_type() == dtype) return grad.mul_(factor);
+  return (grad.scalar_type() == dtype ? at::mul(grad, factor) : at::mul(grad, factor.to(grad.scalar_type()))).to(dtype);
+}
+
+at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
+  const at::Tensor scaled = scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
+  return scaled.is_same(grad) ? scaled.clone() : scaled;  // an operator's result must not be its argument
+}
+
+// --- Autograd ------------------------------------------------------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
+                                                const OptionalTensor& weight, int64_t reduction,
+                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastopt::cross_entropy_forward", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                    int64_t, c10::SymInt, double, bool)>();
+  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad);
+}
+
+at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastopt::cross_entropy_backward", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  return op.call(grad_output, grad, input);
+}
+
+// The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
+// then: as with torch, they may be overwritten between forward and a plain backward.
+struct CrossEntropyBackward final : torch::autograd::Node {
+  SavedVariable grad, input, target, weight;
+  int64_t reduction = 0;
+  c10::SymInt ignore_index = 0;
+  double label_smoothing = 0;
+  at::ScalarType dtype = at::kFloat;
+  bool is_plain = true;           // the forward ran on an ordinary tensor, not on a traced one
+  bool is_last_backward = false;  // nothing saved is needed after the coming apply
+
+  std::string name() const override { return "CrossEntropyBackward"; }
+  void will_release_variables() override { is_last_backward = true; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* variable : {&grad, &input, &target, &weight}) variable->reset_data();
+    is_released_ = true;
+  }
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const at::Tensor& grad_output = grad_outputs[0];
+    if (!grad_output.defined()) return {at::Tensor()};
+    if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
+
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const at::Tensor saved = grad.unpack();
+    if (!is_plain || !is_plain_cpu(grad_output)) {
+      return {call_backward(grad_output, saved, input.unpack())};
+    }
+    return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
+  }
+
+ private:
+  // Of torch's own composite, so that any further derivative exists.
+  at::Tensor differentiable_backward(const at::Tensor& grad_output) {
+    at::Tensor logits = input.unpack();
+    const at::Tensor weights = weight.unpack();
+    const at::Tensor loss =
+        torch_cross_entropy(logits, target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt,
+                            reduction, ignore_index, label_smoothing);
+    return torch::autograd::grad({loss}, {logits}, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true)[0];
+  }
+
+  bool is_released_ = false;
+};
+
+// Nodes are held by std::shared_ptr or by intrusive_ptr, by torch's version.
+template <class Pointer>
+auto make_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::shared_ptr<CrossEntropyBackward>(new CrossEntropyBackward(), [](auto* node) { deleteNode(node); });
+  } else {
+    return c10::make_intrusive<CrossEntropyBackward>();
+  }
+}
+
+// Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
+bool needs_composite(const at::Tensor& input) {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
+         input._fw_grad(/*level=*/0).defined();
+}
+
+at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  const bool is_plain = is_plain_cpu(input);
+  const auto number = ignore_index.maybe_as_int();
+  const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
+                                        label_smoothing};
+  // A traced tensor has no memory to look at; the kernel looks again when its program runs.
+  if (needs_composite(input) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
+    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+  }
+  const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
+  at::Tensor loss, grad;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (is_plain && number) {
+      std::tie(loss, grad) = cross_entropy_kernel(arguments, wants_grad);
+    } else {
+      std::tie(loss, grad) = call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad);
+    }
+  }
+  if (!wants_grad) return loss;
+  auto node = make_node<decltype(torch::autograd::Edge::function)>();
+  node->set_next_edges(torch::autograd::collect_next_edges(input));
+  node->grad = SavedVariable(grad, /*is_output=*/false);
+  node->input = SavedVariable(input, false);
+  node->target = SavedVariable(target, false);
+  if (arguments.weight) node->weight = SavedVariable(*arguments.weight, false);
+  node->reduction = reduction;
+  node->ignore_index = std::move(ignore_index);
+  node->label_smoothing = label_smoothing;
+  node->dtype = input.scalar_type();
+  node->is_plain = is_plain;
+  torch::autograd::set_history(loss, node);
+  return loss;
+}
+
+at::Tensor cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  const CrossEntropyArguments arguments{
+      input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing};
+  if (!kernel_takes(arguments)) {
+    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+  }
+  return std::get<0>(cross_entropy_kernel(arguments, /*wants_grad=*/false));
+}
+
+// The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it.
+at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  constexpr c10::DispatchKeySet quiet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
+                                       c10::DispatchKey::CPU, c10::DispatchKey::AutocastCPU});
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  if (is_plain_cpu(input) && is_plain_cpu(target) && (tls.included_ | quiet) == quiet &&
+      !at::autocast::is_autocast_enabled(at::kCPU)) {
+    return cross_entropy_autograd(input, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastopt::cross_entropy", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
+                                               c10::SymInt, double)>();
+  return op.call(input, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
+  library.impl("cross_entropy", cross_entropy_cpu);
+  library.impl("cross_entropy_forward", forward_cpu);
+  library.impl("cross_entropy_backward", backward_cpu);
+}
+TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", cross_entropy_autograd); }
+TORCH_LIBRARY_IMPL(fastopt, FuncTorchBatched, library) { library.impl("cross_entropy", torch_cross_entropy); }
+
+}  // namespace
+
+void bind_cross_entropy(pybind11::module_& module) { module.def("cross_entropy", &cross_entropy_eager); }
+
+}  // namespace fastopt

@@ -1,0 +1,197 @@
+#include "torch/cross_entropy_kernel.h"
+
+#include <ATen/ops/empty.h>
+
+#include "cpu/cross_entropy.h"
+#include "torch/context.h"
+#include "torch/huge_pages.h"
+
+namespace fastopt {
+namespace {
+
+// Sizes and strides of the positions: all dimensions but the class dimension.
+struct Positions {
+  c10::SmallVector<int64_t, 6> sizes, strides;
+  // Whether the dimensions from `first` on are one dense run: then its length and step.
+  bool collapse(size_t first, int64_t& n, int64_t& stride) const {
+    n = 1;
+    stride = 1;
+    int64_t expected = -1;
+    for (size_t i = sizes.size(); i-- > first;) {
+      if (sizes[i] == 1) continue;
+      if (expected < 0) {
+        stride = strides[i];
+      } else if (strides[i] != expected) {
+        return false;
+      }
+      n *= sizes[i];
+      expected = strides[i] * sizes[i];
+    }
+    return true;
+  }
+};
+
+int64_t class_dim(size_t n_dims) { return n_dims == 1 ? 0 : 1; }
+
+Positions positions_of(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  Positions positions;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (static_cast<int64_t>(d) == class_dim(sizes.size())) continue;
+    positions.sizes.push_back(sizes[d]);
+    positions.strides.push_back(strides[d]);
+  }
+  return positions;
+}
+
+// The layout in which a kernel can walk logits of these strides as they lie, if there is one.
+std::optional<LogitLayout> layout_of(at::IntArrayRef sizes, at::IntArrayRef all_strides) {
+  const int64_t dim = class_dim(sizes.size());
+  const int64_t n_classes = sizes[dim];
+  const int64_t class_stride = n_classes == 1 ? 1 : all_strides[dim];
+  const Positions positions = positions_of(sizes, all_strides);
+  int64_t n = 0, stride = 0;
+  const bool is_one_run = positions.collapse(0, n, stride);
+  // Rows: (N, C), channels_last images, or one row.
+  if (is_one_run && class_stride == 1) return LogitLayout{n, n_classes, 1, stride, 1};
+  // Columns of one image: a transposed (N, C).
+  if (is_one_run && stride == 1) return LogitLayout{1, n_classes, n, 0, class_stride};
+  // Columns of N images: (N, C, d1, ...).
+  if (!positions.sizes.empty() && positions.collapse(1, n, stride) && stride == 1) {
+    return LogitLayout{positions.sizes[0], n_classes, n, positions.strides[0], class_stride};
+  }
+  return std::nullopt;
+}
+
+std::optional<LogitLayout> layout_of(const at::Tensor& logits) { return layout_of(logits.sizes(), logits.strides()); }
+
+bool same_kind(const LogitLayout& a, const LogitLayout& b) {
+  return a.n_outer == b.n_outer && a.n_inner == b.n_inner && a.is_rows() == b.is_rows();
+}
+
+c10::SmallVector<int64_t, 6> strides_if_contiguous(at::IntArrayRef sizes) {
+  c10::SmallVector<int64_t, 6> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  return strides;
+}
+
+bool is_dense(const at::Tensor& tensor) { return tensor.is_contiguous() || tensor.is_non_overlapping_and_dense(); }
+
+}  // namespace
+
+bool fits_kernel(const CrossEntropyArguments& a) {
+  const at::Tensor& input = a.input;
+  const at::Tensor& target = a.target;
+  if (!input.device().is_cpu() || !target.device().is_cpu() || !dtype_of(input)) return false;
+  if (input.dim() < 1 || input.sym_numel() == 0 || a.reduction < 0 || a.reduction > 2) return false;
+  if (!(a.label_smoothing >= 0 && a.label_smoothing <= 1)) return false;
+  const int64_t dim = class_dim(input.dim());
+  if (a.weight) {
+    const at::Tensor& weight = *a.weight;
+    if (!weight.device().is_cpu() || weight.scalar_type() != input.scalar_type() || weight.requires_grad())
+      return false;
+    if (weight.dim() != 1 || weight.sym_size(0) != input.sym_size(dim)) return false;
+  }
+  const bool has_indices = target.scalar_type() == at::kLong;
+  if (!has_indices && (target.scalar_type() != input.scalar_type() || target.requires_grad() || a.ignore_index >= 0)) {
+    return false;
+  }
+  if (target.dim() != (has_indices ? input.dim() - 1 : input.dim())) return false;
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    if (target.sym_size(d) != input.sym_size(has_indices && d >= dim ? d + 1 : d)) return false;
+  }
+  return true;
+}
+
+bool kernel_takes(const CrossEntropyArguments& a) {
+  return is_plain_cpu(a.input) && is_plain_cpu(a.target) && (!a.weight || is_plain_cpu(*a.weight)) && fits_kernel(a);
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, bool wants_grad) {
+  TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
+  const bool has_indices = a.target.scalar_type() == at::kLong;
+  const bool is_half = a.input.scalar_type() == at::kHalf;
+  const auto compute_type = a.input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  CrossEntropyProblem problem{};
+  problem.dtype = *dtype_of(a.input);
+  problem.ignore_index = a.ignore_index;
+  problem.label_smoothing = a.label_smoothing;
+
+  // The gradient lies as the logits do; logits that cannot be walked as they lie are copied once.
+  at::Tensor input = a.input;
+  auto layout = layout_of(input);
+  auto strides = strides_if_contiguous(input.sizes());
+  if (is_dense(input)) strides.assign(input.strides().begin(), input.strides().end());
+  auto dense_layout = layout_of(input.sizes(), strides);
+  if (!layout || !dense_layout || !same_kind(*layout, *dense_layout)) {
+    input = input.contiguous();
+    strides = strides_if_contiguous(input.sizes());
+    layout = dense_layout = layout_of(input);
+  }
+  problem.logits_layout = *layout;
+  problem.logits = input.const_data_ptr();
+  at::Tensor grad;
+  if (wants_grad) {
+    grad = empty_on_huge_pages(input.sizes(), strides, is_half ? at::kFloat : input.scalar_type());
+    problem.grad_layout = *dense_layout;
+    problem.grad = grad.mutable_data_ptr();
+  }
+
+  // The target, in the order of the positions.
+  at::Tensor target = a.target;
+  if (has_indices) {
+    target = target.contiguous();
+    problem.target = target.const_data_ptr<int64_t>();
+  } else {
+    problem.probabilities_layout = *dense_layout;
+    const auto target_layout = layout_of(target);
+    if (target_layout && same_kind(*target_layout, *layout)) {
+      problem.probabilities_layout = *target_layout;
+    } else {
+      target = empty_on_huge_pages(input.sizes(), strides, input.scalar_type()).copy_(a.target);
+    }
+    problem.probabilities = target.const_data_ptr();
+  }
+  at::Tensor weight;
+  problem.weight_sum = static_cast<double>(layout->n_classes);
+  if (a.weight) {
+    weight = a.weight->detach().to(compute_type).contiguous();
+    problem.weight = weight.const_data_ptr();
+    problem.weight_sum = weight.sum(at::kDouble).item().toDouble();
+  }
+
+  // Targets are checked before any of them is used, and give the mean's denominator.
+  const cpu::Threads threads = torch_threads();
+  const int64_t n_positions = layout->n_outer * layout->n_inner;
+  double denominator = static_cast<double>(n_positions);
+  if (has_indices) {
+    const cpu::TargetTally tally = cpu::tally_targets(problem, threads);
+    TORCH_CHECK_INDEX(tally.is_valid, "Target ", tally.bad_target, " is out of bounds.");
+    denominator = tally.weight_sum;
+  }
+  problem.grad_scale = a.reduction == at::Reduction::Mean ? 1 / denominator : 1;
+
+  at::Tensor loss;
+  const auto options = a.input.options().requires_grad(false);
+  if (a.reduction == at::Reduction::None) {
+    c10::SmallVector<int64_t, 6> sizes = positions_of(a.input.sizes(), a.input.strides()).sizes;
+    loss = at::empty(sizes, options);
+    problem.losses = loss.mutable_data_ptr();
+    cpu::cross_entropy(problem, threads);
+  } else {
+    loss = at::empty({}, options);
+    double sum = cpu::cross_entropy(problem, threads);
+    if (a.reduction == at::Reduction::Mean) sum /= denominator;
+    with_stored_type(problem.dtype, [&](auto stored) {
+      using S = decltype(stored);
+      store(*static_cast<S*>(loss.mutable_data_ptr()), static_cast<compute_t<S>>(sum));
+    });
+  }
+  ++kernel_calls().cross_entropy;
+  return {loss, grad};
+}
+
+}  // namespace fastopt

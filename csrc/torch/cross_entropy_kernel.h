@@ -1,0 +1,31 @@
+// From tensors to a cross-entropy problem, and to the kernel that solves it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace fastopt {
+
+// Arguments as torch.nn.functional.cross_entropy's; reduction is torch's number: 0 none, 1 mean, 2 sum.
+struct CrossEntropyArguments {
+  const at::Tensor& input;
+  const at::Tensor& target;
+  const at::Tensor* weight;  // or null
+  int64_t reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// Whether device, dtypes and shapes are what the kernel works on; also of tensors that are only traced.
+bool fits_kernel(const CrossEntropyArguments& arguments);
+
+// Whether the kernel takes these tensors. What it does not take, valid or not, is for torch's own cross-entropy.
+bool kernel_takes(const CrossEntropyArguments& arguments);
+
+// Loss, and gradient of the reduced loss with respect to input if wanted (undefined if not); of each row's own loss for
+// reduction none. The gradient is float32 for float16 input. Raises IndexError for a target that is not a class.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, bool wants_grad);
+
+}  // namespace fastopt

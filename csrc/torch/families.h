@@ -1,0 +1,87 @@
+// The optimizers that kernels know: hyper-parameters as torch.optim names them, states in the order of their rule.
+#pragma once
+
+#include <vector>
+
+#include "rules/rules.h"
+
+namespace fastopt {
+
+// Reads hyper-parameters by name; a source is a param group or the arguments of an operator.
+// A family's read() returns false where a value is of a kind that only torch's own step understands.
+
+template <class Rule32, class Rule64, class Options>
+RuleValue make_rule(DType dtype, const Options& options, double step) {
+  if (dtype == DType::kFloat64) return RuleValue::of(Rule64::at_step(options, step));
+  return RuleValue::of(Rule32::at_step(options, step));
+}
+
+struct SgdFamily {
+  using Options = SgdOptions;
+  static constexpr const char* kName = "sgd";
+  static constexpr bool kHasStep = false;
+  // The momentum buffer is made by the first step, from its gradient.
+  static constexpr bool kMakesStates = true;
+  static constexpr const char* kStates[] = {"momentum_buffer"};
+
+  template <class Source>
+  static bool read(Source& source, Options& o) {
+    return source.number("lr", o.lr) && source.number("momentum", o.momentum) &&
+           source.number("dampening", o.dampening) && source.number("weight_decay", o.weight_decay) &&
+           source.flag("nesterov", o.nesterov) && source.flag("maximize", o.maximize);
+  }
+  static bool uses_state(const Options& o, int /*state*/) { return o.momentum != 0; }
+  static RuleValue rule(DType dtype, const Options& o, double step) {
+    if (o.momentum == 0) return make_rule<Sgd<float>, Sgd<double>>(dtype, o, step);
+    if (o.nesterov) return make_rule<SgdNesterov<float>, SgdNesterov<double>>(dtype, o, step);
+    return make_rule<SgdHeavyBall<float>, SgdHeavyBall<double>>(dtype, o, step);
+  }
+};
+
+struct RmsPropFamily {
+  using Options = RmsPropOptions;
+  static constexpr const char* kName = "rmsprop";
+  static constexpr bool kHasStep = true;
+  static constexpr bool kMakesStates = false;
+  static constexpr const char* kStates[] = {"square_avg", "momentum_buffer", "grad_avg"};
+
+  template <class Source>
+  static bool read(Source& source, Options& o) {
+    return source.number("lr", o.lr) && source.number("alpha", o.alpha) && source.number("eps", o.eps) &&
+           source.number("weight_decay", o.weight_decay) && source.number("momentum", o.momentum) &&
+           source.flag("centered", o.centered) && source.flag("maximize", o.maximize);
+  }
+  static bool uses_state(const Options& o, int state) {
+    return state == 0 || (state == 1 && o.momentum > 0) || (state == 2 && o.centered);
+  }
+  static RuleValue rule(DType dtype, const Options& o, double step) {
+    if (o.momentum > 0 && o.centered) {
+      return make_rule<RmsPropCenteredMomentum<float>, RmsPropCenteredMomentum<double>>(dtype, o, step);
+    }
+    if (o.momentum > 0) return make_rule<RmsPropMomentum<float>, RmsPropMomentum<double>>(dtype, o, step);
+    if (o.centered) return make_rule<RmsPropCentered<float>, RmsPropCentered<double>>(dtype, o, step);
+    return make_rule<RmsPropPlain<float>, RmsPropPlain<double>>(dtype, o, step);
+  }
+};
+
+struct AdamFamily {
+  using Options = AdamOptions;
+  static constexpr const char* kName = "adam";
+  static constexpr bool kHasStep = true;
+  static constexpr bool kMakesStates = false;
+  static constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+
+  template <class Source>
+  static bool read(Source& source, Options& o) {
+    return source.number("lr", o.lr) && source.pair("betas", o.beta1, o.beta2) && source.number("eps", o.eps) &&
+           source.number("weight_decay", o.weight_decay) && source.flag("amsgrad", o.amsgrad) &&
+           source.flag("maximize", o.maximize) && source.flag("decoupled_weight_decay", o.decoupled_weight_decay);
+  }
+  static bool uses_state(const Options& o, int state) { return state < 2 || o.amsgrad; }
+  static RuleValue rule(DType dtype, const Options& o, double step) {
+    if (o.amsgrad) return make_rule<AdamAmsgrad<float>, AdamAmsgrad<double>>(dtype, o, step);
+    return make_rule<AdamPlain<float>, AdamPlain<double>>(dtype, o, step);
+  }
+};
+
+}  // namespace fastopt

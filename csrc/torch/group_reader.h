@@ -1,0 +1,78 @@
+// Reads hyper-parameters from a param group (a Python dict). Borrowed references throughout; the GIL is held.
+#pragma once
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <utility>  // pair
+
+#include "torch/context.h"
+
+namespace fastopt {
+
+// The interned Python string of a literal, made once, so that a lookup hashes and compares nothing but pointers.
+// The table is keyed by the literal's address: a name written in two places only takes two entries.
+inline PyObject* interned(const char* name) {
+  constexpr size_t kCapacity = 256;
+  static std::array<std::pair<const char*, PyObject*>, kCapacity> table{};
+  size_t slot = (reinterpret_cast<uintptr_t>(name) * 0x9e3779b97f4a7c15ull >> 32) % kCapacity;
+  while (table[slot].first != nullptr && table[slot].first != name) slot = (slot + 1) % kCapacity;
+  if (table[slot].first == nullptr) table[slot] = {name, PyUnicode_InternFromString(name)};
+  return table[slot].second;
+}
+
+class GroupReader {
+ public:
+  explicit GroupReader(PyObject* group) : group_(group) {}
+
+  bool number(const char* name, double& to) { return as_number(find(name), to); }
+
+  bool pair(const char* name, double& first, double& second) {
+    PyObject* value = find(name);
+    if (value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) {
+      return as_number(PyTuple_GET_ITEM(value, 0), first) && as_number(PyTuple_GET_ITEM(value, 1), second);
+    }
+    if (value && PyList_Check(value) && PyList_GET_SIZE(value) == 2) {
+      return as_number(PyList_GET_ITEM(value, 0), first) && as_number(PyList_GET_ITEM(value, 1), second);
+    }
+    return false;
+  }
+
+  // Absent flags are false: checkpoints of older torch versions lack some.
+  bool flag(const char* name, bool& to) {
+    PyObject* value = find(name);
+    const int is_true = value ? PyObject_IsTrue(value) : 0;
+    if (is_true < 0) PyErr_Clear();
+    to = is_true > 0;
+    return is_true >= 0;
+  }
+
+  PyObject* find(const char* name) { return PyDict_GetItem(group_, interned(name)); }
+
+ private:
+  // Numbers as torch takes them: float, int, or a tensor of one element in CPU memory.
+  static bool as_number(PyObject* value, double& to) {
+    if (!value) return false;
+    if (PyFloat_Check(value)) {
+      to = PyFloat_AS_DOUBLE(value);
+      return true;
+    }
+    if (PyLong_Check(value)) {
+      to = PyLong_AsDouble(value);
+      if (to == -1 && PyErr_Occurred()) PyErr_Clear();
+      return true;
+    }
+    if (THPVariable_Check(value)) {
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      const auto number = number_in(tensor);
+      if (!number || tensor.requires_grad()) return false;
+      to = *number;
+      return true;
+    }
+    return false;
+  }
+
+  PyObject* group_;
+};
+
+}  // namespace fastopt

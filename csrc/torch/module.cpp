@@ -1,0 +1,20 @@
+// The Python module: what Python calls without the dispatcher. Operators register themselves in their own files.
+#include <ATen/Parallel.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "cpu/isa.h"
+#include "torch/context.h"
+#include "torch/cross_entropy.h"
+#include "torch/step_plan.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("instruction_set", &fastopt::cpu::instruction_set);
+  module.def("kernel_calls", [] {
+    pybind11::dict calls;
+    calls["update"] = fastopt::kernel_calls().update.load();
+    calls["cross_entropy"] = fastopt::kernel_calls().cross_entropy.load();
+    return calls;
+  });
+  fastopt::bind_cross_entropy(module);
+  fastopt::bind_step_plans(module);
+}

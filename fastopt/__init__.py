@@ -1,0 +1,16 @@
+"""Fused losses and optimizers for PyTorch: torch's names, torch's numbers, less time.
+
+Importing compiles nothing and prints nothing; the first use of a kernel finds or builds the library.
+"""
+
+from . import _ops, optim
+from . import nn as nn
+from ._native import build, info
+from .nn import CrossEntropyLoss, functional
+from .optim import SGD, Adam, AdamW, RMSprop
+
+__version__ = "0.1.0"
+
+__all__ = ["SGD", "Adam", "AdamW", "CrossEntropyLoss", "RMSprop", "build", "functional", "info", "nn", "optim"]
+
+_ops.define()

@@ -1,0 +1,128 @@
+"""The list of operators: for each its schema, its reference and its fake. C++ adds the kernels when it is loaded.
+
+``torch.ops.fastopt.*`` exists as soon as fastopt is imported. Until the library is loaded, a call looks for it first,
+and runs the reference if there is none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import _native, reference
+
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+@dataclass(frozen=True)
+class Operator:
+    schema: str
+    reference: Callable
+    fake: Callable | None  # None: the reference can be traced, it is composite
+
+    @property
+    def name(self):
+        return self.schema.split("(")[0]
+
+
+def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
+    return reference.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+
+
+def _cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad):
+    if not wants_grad:
+        loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        return loss, input.new_empty(0)
+    with torch.enable_grad():
+        logits = input.detach().to(_grad_dtype(input)).requires_grad_()
+        widened = [t if t is None or not t.is_floating_point() else t.to(logits.dtype) for t in (target, weight)]
+        loss = _cross_entropy(logits, *widened, reduction, ignore_index, label_smoothing)
+        (grad,) = torch.autograd.grad(loss.sum(), logits)
+    return loss.detach().to(input.dtype), grad
+
+
+def _cross_entropy_forward_fake(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad):
+    positions = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
+    loss = input.new_empty(positions if reduction == 0 else [])
+    return loss, torch.empty_like(input, dtype=_grad_dtype(input)) if wants_grad else input.new_empty(0)
+
+
+def _grad_dtype(input):
+    # float16 cannot hold a gradient before it is multiplied by a loss scaler's factor.
+    return torch.float32 if input.dtype == torch.float16 else input.dtype
+
+
+def _cross_entropy_backward(grad_output, grad, input):
+    if grad_output.dim() > 0:
+        grad_output = grad_output.unsqueeze(1)
+    return (grad * grad_output.to(grad.dtype)).to(input.dtype)
+
+
+_CROSS_ENTROPY = (
+    "Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
+    "float label_smoothing=0.0"
+)
+
+OPERATORS = (
+    Operator(f"cross_entropy({_CROSS_ENTROPY}) -> Tensor", _cross_entropy, None),
+    Operator(
+        f"cross_entropy_forward({_CROSS_ENTROPY}, bool wants_grad=False) -> (Tensor loss, Tensor grad)",
+        _cross_entropy_forward,
+        _cross_entropy_forward_fake,
+    ),
+    Operator(
+        "cross_entropy_backward(Tensor grad_output, Tensor grad, Tensor input) -> Tensor",
+        _cross_entropy_backward,
+        lambda grad_output, grad, input: torch.empty_like(grad, dtype=input.dtype),
+    ),
+    Operator(
+        "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, float lr, float momentum=0, "
+        "float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
+        "bool is_first_step=False) -> ()",
+        reference.sgd_,
+        lambda *args, **kwargs: None,
+    ),
+    Operator(
+        "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] momentum_buffers, "
+        "Tensor(d!)[] grad_avgs, Tensor(e!)[] state_steps, *, float lr, float alpha=0.99, float eps=1e-08, "
+        "float weight_decay=0, float momentum=0, bool centered=False, bool maximize=False) -> ()",
+        reference.rmsprop_,
+        lambda *args, **kwargs: None,
+    ),
+    Operator(
+        "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1=0.9, float beta2=0.999, "
+        "float eps=1e-08, float weight_decay=0, bool amsgrad=False, bool maximize=False, "
+        "bool decoupled_weight_decay=False) -> ()",
+        reference.adam_,
+        lambda *args, **kwargs: None,
+    ),
+)
+
+
+def define():
+    """Define the operators; once a process."""
+    library = torch.library.Library("fastopt", "DEF")
+    for operator in OPERATORS:
+        library.define(operator.schema)
+        if operator.fake is None:
+            library.impl(operator.name, _until_loaded(operator), "CompositeImplicitAutograd")
+        else:
+            library.impl(operator.name, _until_loaded(operator), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"fastopt::{operator.name}", operator.fake, lib=library)
+    define.library = library  # an operator lives as long as its library
+
+
+def _until_loaded(operator):
+    """What runs while the tensors' device has no kernel: look for the library once, then the reference."""
+    looked = False
+
+    def call(*args, **kwargs):
+        nonlocal looked
+        if not looked and not torch.compiler.is_compiling():
+            looked = True
+            if _native.module() is not None:
+                return getattr(torch.ops.fastopt, operator.name)(*args, **kwargs)
+        return operator.reference(*args, **kwargs)
+
+    return call

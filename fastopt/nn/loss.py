@@ -1,0 +1,31 @@
+"""Losses as modules."""
+
+import torch
+
+from . import functional
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """:func:`fastopt.functional.cross_entropy` as a module; arguments, buffers and errors of torch's namesake.
+
+    Args:
+        weight: weight of each class, shape (C,), or None for all ones. Default: None
+        ignore_index: class index of targets that count for nothing. Default: -100
+        reduction: "none", "mean" or "sum". Default: "mean"
+        label_smoothing: share of each target that is spread over all classes, in [0, 1]. Default: 0.0
+        size_average, reduce: deprecated, as in torch.
+
+    Shape:
+        input: (C,), (N, C) or (N, C, d1, ...); target: its shape without C (class indices), or its shape
+        (class probabilities); result: a scalar, or the shape of the indices if reduction is "none".
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

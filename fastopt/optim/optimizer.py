@@ -1,0 +1,138 @@
+"""What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import Optimizer
+
+from .. import _native
+from ..reference import KERNEL_DTYPES
+
+
+class FusedOptimizer(Optimizer):
+    """Mixed in before a torch optimizer, it replaces ``step`` and nothing else.
+
+    A step takes the first of these roads that is open to it; all have the same meaning:
+
+    1. the kernels: dense tensors of float64, float32, bfloat16 or float16 in CPU memory;
+    2. ``reference.py``, in plain torch: the same tensors where there is no library, and layouts no kernel walks;
+    3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable`` and ``capturable``, tensor
+       subclasses, and while ``torch.compile`` traces.
+
+    A subclass names its ``_plan`` (a class of the extension module) and says how its reference is called.
+    """
+
+    _plan_name = None
+    _plan = None
+
+    def step(self, closure=None):
+        """Perform a single optimization step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, or None.
+
+        Returns:
+            What the closure returned, or None.
+        """
+        if (
+            torch.compiler.is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        ):
+            arguments = () if closure is None else (closure,)
+            return self._step_with_hooks(*arguments)
+        return self._step(closure)
+
+    # torch wraps an optimizer's step for hooks and profiling at a cost of microseconds, unless it is marked so.
+    step.hooked = True
+
+    def _step(self, closure=None):
+        if torch.compiler.is_compiling():
+            return self._torch_step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._update_natively():
+            self._update_otherwise()
+        return loss
+
+    _step_with_hooks = Optimizer.profile_hook_step(_step)
+
+    def _update_natively(self):
+        plan = self._plan
+        if plan is None:
+            library = _native.module()
+            if library is None:
+                return False
+            plan = self._plan = getattr(library, self._plan_name)()
+        if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
+            return False
+        return plan.step(self.param_groups, self.state)
+
+    @torch.no_grad()
+    def _update_otherwise(self):
+        """First steps, whose state must be made, and all that the kernels refuse."""
+        if not self._is_plain():
+            self._torch_step()
+            return
+        if not self._unscale():
+            return
+        lists = [self._init_lists(group) for group in self.param_groups]
+        library = _native.module()
+        if library is not None and self._plan.step(self.param_groups, self.state):
+            return
+        for group, tensors in zip(self.param_groups, lists, strict=True):
+            self._reference_step(group, *tensors)
+
+    def _is_plain(self):
+        """Whether ``reference.py`` computes the same as torch: real, dense, on the CPU, and not differentiated."""
+        for group in self.param_groups:
+            if group.get("differentiable") or group.get("capturable"):
+                return False
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                for tensor in (param, grad):
+                    if (
+                        tensor.device.type != "cpu"
+                        or tensor.layout != torch.strided
+                        or tensor.dtype not in KERNEL_DTYPES
+                        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+                    ):
+                        return False
+        return True
+
+    def _unscale(self):
+        """What a ``GradScaler`` leaves to the step of an optimizer made with ``fused=True``; False to skip the step."""
+        found_inf = getattr(self, "found_inf", None)
+        grad_scale = getattr(self, "grad_scale", None)
+        # A scaler sums found_inf over devices, so it may exceed 1.
+        if found_inf is not None and found_inf.item() > 0:
+            return False
+        if grad_scale is not None:
+            grads = {p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+            for grad in grads:
+                grad.div_(grad_scale)
+        return True
+
+    def _torch_step(self, closure=None):
+        """torch's own step, without the hooks that its class may have been wrapped with."""
+        step = self._torch_class.step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        return step(self, closure)
+
+    @property
+    def _torch_class(self):
+        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.optim"))
+
+    def _init_lists(self, group):
+        """A group's tensors in the order its reference takes them; makes missing state as torch does."""
+        raise NotImplementedError
+
+    def _reference_step(self, group, *tensors):
+        raise NotImplementedError

@@ -1,0 +1,53 @@
+"""SGD, plain and with momentum."""
+
+import torch
+
+from .. import reference
+from .optimizer import FusedOptimizer
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
+    r"""Stochastic gradient descent, optionally with momentum: :class:`torch.optim.SGD` in one native call a step.
+
+        grad   = (-grad if maximize else grad) + weight_decay * param
+        buffer = momentum * buffer + (1 - dampening) * grad        (first step: buffer = grad)
+        param -= lr * (buffer, or grad + momentum * buffer if nesterov, or grad if momentum is 0)
+
+    float64, float32, bfloat16 and float16; 16-bit types compute in float32.
+
+    Args:
+        params: tensors, named tensors or dicts that define groups.
+        lr: learning rate, number or tensor of one element. Default: 1e-3
+        momentum: momentum factor. Default: 0
+        dampening: of the gradient in the momentum buffer. Default: 0
+        weight_decay: L2 penalty. Default: 0
+        nesterov: Nesterov momentum; needs a momentum and no dampening. Default: False
+        maximize: ascend instead of descend. Default: False
+        foreach, fused: accepted with torch's meaning; the step is fused in any case.
+        differentiable: take torch's own differentiable step. Default: False
+
+    State of a parameter: ``momentum_buffer``, if momentum is not 0.
+
+    Raises:
+        ValueError: as :class:`torch.optim.SGD`, for arguments out of range.
+
+    Source: Sutskever, Martens, Dahl & Hinton, On the importance of initialization and momentum in deep learning, 2013.
+    """
+
+    _plan_name = "SgdPlan"
+
+    def _init_lists(self, group):
+        params, grads, momentum_buffers = [], [], []
+        self._init_group(group, params, grads, momentum_buffers)
+        return params, grads, momentum_buffers
+
+    def _reference_step(self, group, params, grads, momentum_buffers):
+        options = {
+            name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        }
+        for i, param in enumerate(params):
+            is_first = group["momentum"] != 0 and momentum_buffers[i] is None
+            buffers = [torch.zeros_like(param) if is_first else momentum_buffers[i]] if group["momentum"] != 0 else []
+            reference.sgd_([param], [grads[i]], buffers, **options, is_first_step=is_first)
+            if is_first:
+                self.state[param]["momentum_buffer"] = buffers[0]

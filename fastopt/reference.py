@@ -1,0 +1,170 @@
+"""Every rule and loss in plain torch: the fallback, and what the kernels are measured against.
+
+The optimizers take lists of tensors as their operators do and update them in place. 16-bit tensors compute in float32
+and are rounded once, as in the kernels.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _updated(compute):
+    """Run ``compute(param, grad, *states)`` in place in the compute type; round 16-bit tensors at the end."""
+
+    def run(param, grad, *states):
+        tensors = (param, *states)
+        if param.dtype not in (torch.bfloat16, torch.float16):
+            compute(param, grad, *states)
+            return
+        wide = [tensor.float() for tensor in tensors]
+        compute(wide[0], grad.float(), *wide[1:])
+        for tensor, value in zip(tensors, wide, strict=True):
+            tensor.copy_(value)
+
+    return run
+
+
+def _number(value):
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _decayed(param, grad, weight_decay, maximize):
+    grad = -grad if maximize else grad
+    return grad.add(param, alpha=weight_decay) if weight_decay != 0 else grad
+
+
+@torch.no_grad()
+def sgd_(
+    params,
+    grads,
+    momentum_buffers,
+    *,
+    lr,
+    momentum=0.0,
+    dampening=0.0,
+    weight_decay=0.0,
+    nesterov=False,
+    maximize=False,
+    is_first_step=False,
+):
+    """SGD, see :class:`fastopt.SGD`. ``is_first_step``: the momentum buffers are set to the gradients, undamped."""
+    lr, weight_decay = _number(lr), _number(weight_decay)
+
+    @_updated
+    def update(param, grad, *states):
+        grad = _decayed(param, grad, weight_decay, maximize)
+        if momentum != 0:
+            (buffer,) = states
+            if is_first_step:
+                buffer.copy_(grad)
+            else:
+                buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+            grad = grad.add(buffer, alpha=momentum) if nesterov else buffer
+        param.add_(grad, alpha=-lr)
+
+    for i, param in enumerate(params):
+        update(param, grads[i], *((momentum_buffers[i],) if momentum != 0 else ()))
+
+
+@torch.no_grad()
+def rmsprop_(
+    params,
+    grads,
+    square_avgs,
+    momentum_buffers,
+    grad_avgs,
+    state_steps,
+    *,
+    lr,
+    alpha=0.99,
+    eps=1e-8,
+    weight_decay=0.0,
+    momentum=0.0,
+    centered=False,
+    maximize=False,
+):
+    """RMSprop, see :class:`fastopt.RMSprop`. Steps count up; unused lists may be empty."""
+    lr = _number(lr)
+
+    @_updated
+    def update(param, grad, square_avg, *states):
+        grad = _decayed(param, grad, weight_decay, maximize)
+        square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+        variance = square_avg
+        if centered:
+            grad_avg = states[-1]
+            grad_avg.lerp_(grad, 1 - alpha)
+            variance = square_avg.addcmul(grad_avg, grad_avg, value=-1)
+            variance = torch.where(variance < 0, 0.0, variance)  # not negative but for rounding; NaN stays
+        denominator = variance.sqrt().add_(eps)
+        if momentum > 0:
+            states[0].mul_(momentum).addcdiv_(grad, denominator)
+            param.add_(states[0], alpha=-lr)
+        else:
+            param.addcdiv_(grad, denominator, value=-lr)
+
+    for i, param in enumerate(params):
+        state_steps[i].add_(1)
+        states = [square_avgs[i]]
+        states += [momentum_buffers[i]] if momentum > 0 else []
+        states += [grad_avgs[i]] if centered else []
+        update(param, grads[i], *states)
+
+
+@torch.no_grad()
+def adam_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    state_steps,
+    *,
+    lr,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.0,
+    amsgrad=False,
+    maximize=False,
+    decoupled_weight_decay=False,
+):
+    """Adam, see :class:`fastopt.Adam`. Steps count up; ``max_exp_avg_sqs`` may be empty without amsgrad."""
+    lr, beta1, beta2 = _number(lr), _number(beta1), _number(beta2)
+    l2_decay = 0.0 if decoupled_weight_decay else weight_decay
+
+    for i, param in enumerate(params):
+        state_steps[i].add_(1)
+        step = state_steps[i].item()
+        bias_correction2_sqrt = math.sqrt(1 - beta2**step)
+        step_size = lr * bias_correction2_sqrt / (1 - beta1**step)
+
+        @_updated
+        def update(param, grad, exp_avg, exp_avg_sq, *states, step_size=step_size, scale=bias_correction2_sqrt):
+            if decoupled_weight_decay and weight_decay != 0:
+                param.add_(param, alpha=-lr * weight_decay)
+            grad = _decayed(param, grad, l2_decay, maximize)
+            exp_avg.lerp_(grad, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            if amsgrad:
+                torch.maximum(states[0], exp_avg_sq, out=states[0])
+            denominator = (states[0] if amsgrad else exp_avg_sq).sqrt().add_(eps * scale)
+            param.addcdiv_(exp_avg, denominator, value=-step_size)
+
+        update(param, grads[i], exp_avgs[i], exp_avg_sqs[i], *([max_exp_avg_sqs[i]] if amsgrad else []))
+
+
+def cross_entropy(input, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0):
+    """Cross-entropy, see :func:`fastopt.functional.cross_entropy`; 16-bit logits compute in float32."""
+    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if input.dtype not in (torch.bfloat16, torch.float16):
+        return F.cross_entropy(input, target, weight, **options)
+    if weight is not None and weight.dtype != input.dtype or target.is_floating_point() and target.dtype != input.dtype:
+        return F.cross_entropy(input, target, weight, **options)  # for torch to raise, or not
+    target = target.float() if target.is_floating_point() else target
+    weight = weight.float() if weight is not None else None
+    return F.cross_entropy(input.float(), target, weight, **options).to(input.dtype)
