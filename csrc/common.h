@@ -82,6 +82,13 @@ FASTOPT_HD void store(Half& to, float value) {
   to.bits = static_cast<uint16_t>(sign | half);
 }
 
+// decay * average + (1 - decay) * value, rounded relative to the larger of the two weights, as torch.lerp is.
+template <class T>
+FASTOPT_HD T moving_average(T average, T value, T decay, T one_minus_decay) {
+  const T difference = value - average;
+  return one_minus_decay < T(0.5) ? average + one_minus_decay * difference : value - decay * difference;
+}
+
 // Calls f with an empty value of the stored type that a DType names.
 template <class F>
 auto with_stored_type(DType dtype, F&& f) {

@@ -28,10 +28,6 @@ def _updated(compute):
     return run
 
 
-def _number(value):
-    return value.item() if isinstance(value, torch.Tensor) else value
-
-
 def _decayed(param, grad, weight_decay, maximize):
     grad = -grad if maximize else grad
     return grad.add(param, alpha=weight_decay) if weight_decay != 0 else grad
@@ -52,7 +48,6 @@ def sgd_(
     is_first_step=False,
 ):
     """SGD, see :class:`fastopt.SGD`. ``is_first_step``: the momentum buffers are set to the gradients, undamped."""
-    lr, weight_decay = _number(lr), _number(weight_decay)
 
     @_updated
     def update(param, grad, *states):
@@ -88,7 +83,6 @@ def rmsprop_(
     maximize=False,
 ):
     """RMSprop, see :class:`fastopt.RMSprop`. Steps count up; unused lists may be empty."""
-    lr = _number(lr)
 
     @_updated
     def update(param, grad, square_avg, *states):
@@ -134,7 +128,6 @@ def adam_(
     decoupled_weight_decay=False,
 ):
     """Adam, see :class:`fastopt.Adam`. Steps count up; ``max_exp_avg_sqs`` may be empty without amsgrad."""
-    lr, beta1, beta2 = _number(lr), _number(beta1), _number(beta2)
     l2_decay = 0.0 if decoupled_weight_decay else weight_decay
 
     for i, param in enumerate(params):
@@ -146,7 +139,7 @@ def adam_(
         @_updated
         def update(param, grad, exp_avg, exp_avg_sq, *states, step_size=step_size, scale=bias_correction2_sqrt):
             if decoupled_weight_decay and weight_decay != 0:
-                param.add_(param, alpha=-lr * weight_decay)
+                param.mul_(1 - lr * weight_decay)
             grad = _decayed(param, grad, l2_decay, maximize)
             exp_avg.lerp_(grad, 1 - beta1)
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -18,7 +18,7 @@ template <class T, bool kAmsgrad>
 struct Adam {
   using Real = T;
   static constexpr int kStates = 2 + kAmsgrad;
-  T step_size, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
+  T step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
   bool has_l2_decay, has_decoupled_decay;
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
@@ -28,6 +28,7 @@ struct Adam {
     const double bias_correction2_sqrt = std::sqrt(1 - std::pow(o.beta2, step));
     const bool has_decay = o.weight_decay != 0;
     return {T(o.lr * bias_correction2_sqrt / bias_correction1),
+            T(o.beta1),
             T(1 - o.beta1),
             T(o.beta2),
             T(1 - o.beta2),
@@ -41,11 +42,15 @@ struct Adam {
 
   FASTOPT_HD void operator()(T& param, T grad, T* state) const {
     grad *= sign;
-    if (has_decoupled_decay) param -= decoupled_decay * param;
+    if (has_decoupled_decay) {
+      // One rounding, where a factor 1 - decay would bring its own each step; an infinite parameter stays infinite.
+      const T decayed = param - decoupled_decay * param;
+      param = decayed == decayed ? decayed : param;
+    }
     if (has_l2_decay) grad += l2_decay * param;
     T& exp_avg = state[0];
     T& exp_avg_sq = state[1];
-    exp_avg += one_minus_beta1 * (grad - exp_avg);
+    exp_avg = moving_average(exp_avg, grad, beta1, one_minus_beta1);
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad;
     T variance = exp_avg_sq;
     if constexpr (kAmsgrad) {

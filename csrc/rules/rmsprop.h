@@ -33,7 +33,7 @@ struct RmsProp {
     T variance = square_avg;
     if constexpr (kCentered) {
       T& grad_avg = state[1 + kMomentum];
-      grad_avg += one_minus_alpha * (grad - grad_avg);
+      grad_avg = moving_average(grad_avg, grad, alpha, one_minus_alpha);
       variance -= grad_avg * grad_avg;
       // E[g^2] - E[g]^2 is not negative but for rounding; a NaN stays a NaN.
       variance = variance < 0 ? T(0) : variance;

@@ -39,13 +39,13 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _plan_name = "AdamPlan"
+    _option_names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
     def _init_lists(self, group):
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = [], [], [], [], [], []
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         return params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
 
-    def _reference_step(self, group, *tensors):
-        beta1, beta2 = group["betas"]
-        names = ("lr", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-        reference.adam_(*tensors, beta1=beta1, beta2=beta2, **{name: group[name] for name in names})
+    def _reference_step(self, options, *tensors):
+        beta1, beta2 = options.pop("betas")
+        reference.adam_(*tensors, beta1=beta1, beta2=beta2, **options)

@@ -1,5 +1,7 @@
 """What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
 
+import abc
+
 import torch
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
@@ -18,10 +20,11 @@ class FusedOptimizer(Optimizer):
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable`` and ``capturable``, tensor
        subclasses, and while ``torch.compile`` traces.
 
-    A subclass names its ``_plan`` (a class of the extension module) and says how its reference is called.
+    A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
     """
 
     _plan_name = None
+    _option_names = ()
     _plan = None
 
     def step(self, closure=None):
@@ -78,13 +81,17 @@ class FusedOptimizer(Optimizer):
         if not self._is_plain():
             self._torch_step()
             return
+        # All that can fail comes before the first tensor is written.
+        options = [self._options(group) for group in self.param_groups]
         if not self._unscale():
             return
         lists = [self._init_lists(group) for group in self.param_groups]
-        library = _native.module()
-        if library is not None and self._plan.step(self.param_groups, self.state):
+        if self._plan is not None and self._plan.step(self.param_groups, self.state):
             return
-        for group, tensors in zip(self.param_groups, lists, strict=True):
+        if not all(map(_agree, lists)):
+            self._torch_step()
+            return
+        for group, tensors in zip(options, lists, strict=True):
             self._reference_step(group, *tensors)
 
     def _is_plain(self):
@@ -105,6 +112,14 @@ class FusedOptimizer(Optimizer):
                     ):
                         return False
         return True
+
+    def _options(self, group):
+        """The hyper-parameters of a group as plain numbers.
+
+        Raises:
+            TypeError: one is not a number.
+        """
+        return {name: _number(name, group[name]) for name in self._option_names}
 
     def _unscale(self):
         """What a ``GradScaler`` leaves to the step of an optimizer made with ``fused=True``; False to skip the step."""
@@ -130,9 +145,30 @@ class FusedOptimizer(Optimizer):
     def _torch_class(self):
         return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.optim"))
 
+    @abc.abstractmethod
     def _init_lists(self, group):
         """A group's tensors in the order its reference takes them; makes missing state as torch does."""
-        raise NotImplementedError
 
-    def _reference_step(self, group, *tensors):
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _reference_step(self, options, *tensors):
+        """Update lists of tensors by plain torch."""
+
+
+def _agree(lists):
+    """Whether each parameter's gradient and states have its shape and dtype; mixtures are for torch to judge."""
+    params, *others = lists
+    return all(
+        tensor is None or tensor.dim() == 0 or (tensor.shape == param.shape and tensor.dtype == param.dtype)
+        for other in others
+        for param, tensor in zip(params, other, strict=False)
+    )
+
+
+def _number(name, value):
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return tuple(_number(name, part) for part in value)
+    if isinstance(value, (int, float)):
+        return value
+    raise TypeError(f"{name} must be a number, got {value!r}")

@@ -39,12 +39,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _plan_name = "RmsPropPlan"
+    _option_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
 
     def _init_lists(self, group):
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = [], [], [], [], [], []
         self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps)
         return params, grads, square_avgs, momentum_buffers, grad_avgs, steps
 
-    def _reference_step(self, group, *tensors):
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-        reference.rmsprop_(*tensors, **{name: group[name] for name in names})
+    def _reference_step(self, options, *tensors):
+        reference.rmsprop_(*tensors, **options)

@@ -35,19 +35,19 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _plan_name = "SgdPlan"
+    _option_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 
     def _init_lists(self, group):
         params, grads, momentum_buffers = [], [], []
         self._init_group(group, params, grads, momentum_buffers)
         return params, grads, momentum_buffers
 
-    def _reference_step(self, group, params, grads, momentum_buffers):
-        options = {
-            name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        }
+    def _reference_step(self, options, params, grads, momentum_buffers):
         for i, param in enumerate(params):
-            is_first = group["momentum"] != 0 and momentum_buffers[i] is None
-            buffers = [torch.zeros_like(param) if is_first else momentum_buffers[i]] if group["momentum"] != 0 else []
+            buffers, is_first = [], False
+            if options["momentum"] != 0:
+                is_first = momentum_buffers[i] is None
+                buffers = [torch.zeros_like(param) if is_first else momentum_buffers[i]]
             reference.sgd_([param], [grads[i]], buffers, **options, is_first_step=is_first)
             if is_first:
                 self.state[param]["momentum_buffer"] = buffers[0]

@@ -1,0 +1,69 @@
+"""The table of optimizer cases: each row an optimizer with options, and why it is there."""
+
+from dataclasses import dataclass
+
+import torch
+
+import fastopt
+
+
+@dataclass(frozen=True)
+class OptimCase:
+    name: str  # of the class, in fastopt and in torch.optim
+    options: dict
+    why: str
+
+    @property
+    def ours(self):
+        return getattr(fastopt, self.name)
+
+    @property
+    def theirs(self):
+        return getattr(torch.optim, self.name)
+
+    def __str__(self):
+        return "-".join([self.name.lower(), *(f"{key}={value}" for key, value in self.options.items())])
+
+
+def _case(name, why, **options):
+    return OptimCase(name, options, why)
+
+
+OPTIM_CASES = [
+    _case("SGD", "defaults", lr=0.05),
+    _case("SGD", "decay reads the parameter before it moves", lr=0.05, weight_decay=0.01),
+    _case("SGD", "momentum", lr=0.02, momentum=0.9),
+    _case("SGD", "dampening skips the first step", lr=0.02, momentum=0.9, dampening=0.5),
+    _case("SGD", "Nesterov looks ahead", lr=0.02, momentum=0.9, nesterov=True),
+    _case("SGD", "decay enters the momentum buffer", lr=0.02, momentum=0.9, weight_decay=0.01, nesterov=True),
+    _case("SGD", "maximize negates before decay", lr=1e-4, weight_decay=0.01, maximize=True),
+    _case("SGD", "maximize with a buffer", lr=1e-4, momentum=0.9, weight_decay=0.01, maximize=True),
+    _case("RMSprop", "defaults but lr", lr=1e-3),
+    _case("RMSprop", "momentum", lr=3e-4, momentum=0.9),
+    _case("RMSprop", "centered", lr=1e-3, centered=True),
+    _case("RMSprop", "three states", lr=3e-4, momentum=0.9, centered=True, weight_decay=0.01),
+    _case("RMSprop", "large eps, small alpha", lr=1e-3, alpha=0.5, eps=1e-3, weight_decay=0.01),
+    _case("RMSprop", "maximize", lr=1e-5, weight_decay=0.01, maximize=True),
+    _case("Adam", "defaults"),
+    _case("Adam", "L2 decay enters the moments", lr=1e-3, weight_decay=0.01),
+    _case("Adam", "decay in AdamW's manner", lr=1e-3, weight_decay=0.01, decoupled_weight_decay=True),
+    _case("Adam", "AMSGrad keeps the largest second moment", lr=1e-3, amsgrad=True),
+    _case("Adam", "other betas, large eps", lr=1e-3, betas=(0.5, 0.9), eps=1e-3),
+    _case("Adam", "beta1 0 keeps no first moment", lr=1e-3, betas=(0.0, 0.99)),
+    _case("Adam", "maximize", lr=1e-5, weight_decay=0.01, maximize=True),
+    _case("AdamW", "defaults: decoupled decay"),
+    _case("AdamW", "AMSGrad, maximize", lr=1e-5, weight_decay=0.1, amsgrad=True, maximize=True),
+]
+
+
+def make_params(shapes, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+
+
+def set_grads(params, seed):
+    """Gradients of several magnitudes, the same for any dtype but for rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 10.0 ** (-(i % 4))
+        p.grad = grad.to(p.dtype)
