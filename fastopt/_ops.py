@@ -29,7 +29,9 @@ def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, l
     return reference.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
 
 
-def _cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad):
+def _cross_entropy_forward(
+    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, wants_grad=False
+):
     if not wants_grad:
         loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
         return loss, input.new_empty(0)
@@ -41,7 +43,9 @@ def _cross_entropy_forward(input, target, weight, reduction, ignore_index, label
     return loss.detach().to(input.dtype), grad
 
 
-def _cross_entropy_forward_fake(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad):
+def _cross_entropy_forward_fake(
+    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, wants_grad=False
+):
     positions = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
     loss = input.new_empty(positions if reduction == 0 else [])
     return loss, torch.empty_like(input, dtype=_grad_dtype(input)) if wants_grad else input.new_empty(0)

@@ -28,6 +28,7 @@ struct TileSums {
   alignas(64) double q_sum[kMaxTileWidth];
   alignas(64) double qx_sum[kMaxTileWidth];
   alignas(64) T factor[kMaxTileWidth];
+  double exact_factor[kMaxTileWidth];
 };
 
 template <class T, TargetKind kTarget, bool kWantsGrad>
@@ -97,7 +98,8 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
                          : row_loss(row, kHasTarget ? on[j] : 0.0, kHasTarget ? target_logit[j] : T(0), kHasTarget,
                                     kTarget != TargetKind::kIndex);
     if constexpr (kWantsGrad) {
-      sums.factor[j] = static_cast<T>(grad_scale * (q_sum + (kHasTarget ? on[j] : 0.0)) / row.exp_sum);
+      sums.exact_factor[j] = (grad_scale * (q_sum + (kHasTarget ? on[j] : 0.0)) / row.exp_sum);
+      sums.factor[j] = static_cast<T>(sums.exact_factor[j]);
       if (kHasTarget && is_kept) target_exp[j] = tile.grad[tile.target[j] * tile.grad_stride + j];
     }
   }
@@ -119,7 +121,7 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
   for (int64_t j = 0; kHasTarget && j < width; ++j) {
     if (tile.target[j] != tile.ignore_index) {
       const int64_t t = tile.target[j];
-      double value = static_cast<double>(sums.factor[j]) * target_exp[j] - grad_scale * on[j];
+      double value = sums.exact_factor[j] * target_exp[j] - grad_scale * on[j];
       if constexpr (kTarget != TargetKind::kIndex) value -= grad_scale * spread_q<T, kTarget>(terms, t, T(0));
       tile.grad[t * tile.grad_stride + j] = static_cast<T>(value);
     } else {

@@ -69,7 +69,7 @@ struct RowSums {
 
   FASTOPT_HD void rebase(double new_max) {
     exp_sum *= std::exp(max - new_max);
-    qx_sum += q_sum * (max - new_max);
+    if (q_sum != 0) qx_sum += q_sum * (max - new_max);  // not 0 times the infinity that leaving the lowest number gives
     max = new_max;
   }
 };

@@ -39,7 +39,11 @@ inline std::optional<double> number_in(const at::Tensor& tensor) {
   });
 }
 
-// torch's own pool and thread count; inside another parallel region a single thread.
+// Whether this process was forked after the library was loaded: its copy of the thread pool has no threads, and a
+// parallel region would wait for them for ever.
+bool is_forked_child();
+
+// torch's own pool and thread count; inside another parallel region, or after a fork, a single thread.
 inline cpu::Threads torch_threads() {
   const auto parallel_for = [](int64_t n_tasks, void (*task)(void*, int64_t), void* context) {
     const int64_t n_threads = at::get_num_threads();
@@ -55,7 +59,7 @@ inline cpu::Threads torch_threads() {
       for (int64_t i = next++; i < n_tasks; i = next++) task(context, i);
     });
   };
-  return {at::in_parallel_region() ? 1 : at::get_num_threads(), parallel_for};
+  return {at::in_parallel_region() || is_forked_child() ? 1 : at::get_num_threads(), parallel_for};
 }
 
 // Calls that reached a kernel, so that a test can prove which path ran.

@@ -50,15 +50,15 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
   at::Tensor factor = grad_output;
   if (grad_output.dim() > 0 || grad.dim() == 1) factor = grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1);
   if (const auto value = number_in(grad_output); value == 1.0) {
-    return grad.scalar_type() == dtype ? grad : grad.to(dtype);
+    if (grad.scalar_type() != dtype) return grad.to(dtype);
+    return may_reuse ? grad : grad.clone();  // what is kept for another backward is not given away
   }
   if (may_reuse && grad.scalar_type() == dtype) return grad.mul_(factor);
   return (grad.scalar_type() == dtype ? at::mul(grad, factor) : at::mul(grad, factor.to(grad.scalar_type()))).to(dtype);
 }
 
 at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
-  const at::Tensor scaled = scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
-  return scaled.is_same(grad) ? scaled.clone() : scaled;  // an operator's result must not be its argument
+  return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
@@ -72,6 +72,15 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
           .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                                     int64_t, c10::SymInt, double, bool)>();
   return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad);
+}
+
+at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastopt::cross_entropy", "")
+                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
+                                               c10::SymInt, double)>();
+  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
 }
 
 at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
@@ -107,11 +116,12 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     if (!grad_output.defined()) return {at::Tensor()};
     if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
 
-    at::AutoDispatchBelowADInplaceOrView guard;
+    // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     const at::Tensor saved = grad.unpack();
-    if (!is_plain || !is_plain_cpu(grad_output)) {
-      return {call_backward(grad_output, saved, input.unpack())};
-    }
+    const bool is_traced = !is_plain || !is_plain_cpu(grad_output);
+    const at::Tensor logits = is_traced ? input.unpack() : at::Tensor();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    if (is_traced) return {call_backward(grad_output, saved, logits)};
     return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
   }
 
@@ -201,13 +211,22 @@ at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target
       !at::autocast::is_autocast_enabled(at::kCPU)) {
     return cross_entropy_autograd(input, target, weight, reduction, ignore_index, label_smoothing);
   }
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastopt::cross_entropy", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
-                                               c10::SymInt, double)>();
-  return op.call(input, target, weight, reduction, ignore_index, label_smoothing);
+  return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
 }
 
+// Under autocast losses compute in float32, as torch's does.
+at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const auto widened = [](const at::Tensor& tensor) {
+    return at::autocast::cached_cast(at::kFloat, tensor, c10::DeviceType::CPU);
+  };
+  const OptionalTensor wide_weight = pointer_to(weight) ? OptionalTensor(widened(*weight)) : std::nullopt;
+  return call_cross_entropy(widened(input), widened(target), wide_weight, reduction, std::move(ignore_index),
+                            label_smoothing);
+}
+
+TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) { library.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
   library.impl("cross_entropy", cross_entropy_cpu);
   library.impl("cross_entropy_forward", forward_cpu);

@@ -2,6 +2,9 @@
 
 #include <ATen/ops/empty.h>
 
+#include <limits>       // numeric_limits
+#include <type_traits>  // conditional_t
+
 #include "cpu/cross_entropy.h"
 #include "torch/context.h"
 #include "torch/huge_pages.h"
@@ -143,7 +146,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   // The target, in the order of the positions.
   at::Tensor target = a.target;
   if (has_indices) {
-    target = target.contiguous();
+    if (!target.is_contiguous()) target = target.contiguous();
     problem.target = target.const_data_ptr<int64_t>();
   } else {
     problem.probabilities_layout = *dense_layout;
@@ -158,9 +161,14 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   at::Tensor weight;
   problem.weight_sum = static_cast<double>(layout->n_classes);
   if (a.weight) {
-    weight = a.weight->detach().to(compute_type).contiguous();
+    weight = a.weight->is_contiguous() ? *a.weight : a.weight->contiguous();
+    if (weight.scalar_type() != compute_type) weight = weight.to(compute_type);
     problem.weight = weight.const_data_ptr();
-    problem.weight_sum = weight.sum(at::kDouble).item().toDouble();
+    problem.weight_sum = 0;
+    with_bool(compute_type == at::kDouble, [&](auto is_double) {
+      using T = std::conditional_t<decltype(is_double)::value, double, float>;
+      for (int64_t c = 0; c < layout->n_classes; ++c) problem.weight_sum += static_cast<const T*>(problem.weight)[c];
+    });
   }
 
   // Targets are checked before any of them is used, and give the mean's denominator.
@@ -172,6 +180,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     TORCH_CHECK_INDEX(tally.is_valid, "Target ", tally.bad_target, " is out of bounds.");
     denominator = tally.weight_sum;
   }
+  // 0 / 0, whatever is smoothed over other classes.
+  if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();
   problem.grad_scale = a.reduction == at::Reduction::Mean ? 1 / denominator : 1;
 
   at::Tensor loss;

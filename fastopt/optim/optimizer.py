@@ -36,14 +36,16 @@ class FusedOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        if (
+        needs_hooks = (
             torch.compiler.is_compiling()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
             or torch.autograd._profiler_enabled()
-        ):
+        )
+        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
+        if needs_hooks and type(self).step is FusedOptimizer.step:
             arguments = () if closure is None else (closure,)
             return self._step_with_hooks(*arguments)
         return self._step(closure)

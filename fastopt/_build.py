@@ -1,0 +1,230 @@
+"""How the extension is built: its sources, its flags and its identity, ahead of time and just in time alike.
+
+setup.py loads this file by path, and a just-in-time build runs it as a program, so it imports nothing of fastopt,
+and torch only inside functions.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCE_FOLDERS = ("cpu", "torch")  # csrc/cpu knows no torch header, csrc/torch is the glue
+SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
+IDENTITY = "_C.json"  # beside a library: what it was built from and for
+FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")  # what a build takes from the environment
+
+INSTALL_COMPILER = (
+    "install a C++20 compiler (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
+    "conda: conda install gxx), or name one in CXX"
+)
+
+# Held while a program is started, and by a thread that forks: a child born in between would keep the pipe open by which
+# the start is reported, and the parent would wait for it.
+spawning = threading.RLock()
+
+
+class BuildError(Exception):
+    """The library cannot be built here: ``reason`` says why, ``remedy`` what to do about it."""
+
+    def __init__(self, reason, remedy):
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler that answers: its command line and what it says of itself."""
+
+    command: str
+    version: str
+
+    @property
+    def is_gcc(self):
+        return "Free Software Foundation" in self.version
+
+    def __str__(self):
+        return f"{self.command} ({self.version.splitlines()[0]})"
+
+
+def spawn(command, env=None, stderr=subprocess.STDOUT):
+    """Start a program that reads nothing and whose output comes through one pipe."""
+    with spawning:
+        return subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+        )
+
+
+def find_compiler():
+    """The compiler named in ``CXX``, else ``c++`` or ``g++`` on the path.
+
+    Raises:
+        BuildError: there is none, or it does not run.
+    """
+    named = os.environ.get("CXX")
+    command = named or next(filter(shutil.which, ("c++", "g++")), None)
+    if command is None:
+        raise BuildError("no C++ compiler is on the path", INSTALL_COMPILER)
+    if " " in command and shutil.which(command) is None:  # torch would quote it as one word
+        raise BuildError(
+            f"CXX must name one program, got {command!r}", "put flags into CFLAGS; torch finds ccache itself"
+        )
+    says = f"CXX={named}" if named else command
+    try:
+        process = spawn([command, "--version"], stderr=subprocess.DEVNULL)
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {says} cannot be run: {error.strerror}", INSTALL_COMPILER) from error
+    version = process.communicate()[0].strip()
+    if process.returncode != 0 or not version:
+        raise BuildError(
+            f"the C++ compiler {says} is broken: --version exits with status {process.returncode}", INSTALL_COMPILER
+        )
+    return Compiler(command, version)
+
+
+def csrc():
+    """Folder of the C++ sources: inside an installed package, beside the package in a checkout."""
+    inside = HERE / "csrc"
+    return inside if inside.is_dir() else HERE.parent / "csrc"
+
+
+def sources(root):
+    """Translation units of the extension: every .cpp of the folders, so a new kernel needs no entry here."""
+    return sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).glob("*.cpp"))
+
+
+def digest(root):
+    """Hash of all that a build reads from fastopt: the C++ files, and this one for its flags."""
+    files = sorted(path for path in root.rglob("*") if path.suffix in SOURCE_SUFFIXES)
+    total = hashlib.sha256(Path(__file__).read_bytes())
+    for path in files:
+        total.update(f"\n{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def sanitizers():
+    """Sanitizers asked for, as -fsanitize takes them; a developer's option."""
+    return os.environ.get("FASTOPT_SANITIZE", "")
+
+
+def compile_flags(compiler):
+    """Flags of every translation unit. No -march: the kernels hold code of several levels and choose at run time."""
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags.append("-mprefer-vector-width=512")
+    if compiler.is_gcc:
+        flags.append("-fopenmp")  # at::parallel_for is a template: without it our loops would be serial
+    if sanitizers():
+        # vptr checks need the type information of torch's classes, which torch keeps to itself.
+        flags += [f"-fsanitize={sanitizers()}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+        flags += ["-fno-omit-frame-pointer", "-g1", "-O1"]
+    return flags
+
+
+def link_flags():
+    """Flags of the link. No -fopenmp: torch has loaded its own libgomp, and a second runtime would fight it."""
+    return [f"-fsanitize={sanitizers()}"] if sanitizers() else []
+
+
+def extension(name, root, compiler):
+    """The extension as setuptools takes it.
+
+    Args:
+        name: full name of the module, ending in ``_C``.
+        root: folder of the C++ sources; relative to setup.py ahead of time, absolute just in time.
+        compiler: from :func:`find_compiler`.
+    """
+    from torch.utils.cpp_extension import CppExtension
+
+    files = [str(path) for path in sources(root)]
+    if not files:
+        raise BuildError(f"there are no C++ sources in {root}", "install fastopt anew")
+    return CppExtension(
+        name,
+        files,
+        include_dirs=[str(root.resolve())],  # ninja runs in a folder of its own
+        extra_compile_args={"cxx": compile_flags(compiler)},
+        extra_link_args=link_flags(),
+    )
+
+
+def build_environment(compiler):
+    """Environment variables for a build: the compiler, and a path with ninja on it though no environment is active."""
+    path = os.environ.get("PATH", os.defpath)
+    try:
+        import ninja
+    except ImportError:
+        if shutil.which("ninja") is None:
+            raise BuildError("ninja is missing", "pip install ninja") from None
+    else:
+        path = f"{ninja.BIN_DIR}{os.pathsep}{path}"
+    return {"CXX": compiler.command, "PATH": path}
+
+
+def identity():
+    """What a library must have been built from and for, to be loaded into this process."""
+    import torch
+
+    return {
+        "torch": str(torch.__version__),
+        "torch_commit": torch.version.git_version,
+        "torch_debug": bool(torch.version.debug),
+        "cxx11_abi": torch.compiled_with_cxx11_abi(),
+        "python": sysconfig.get_config_var("SOABI"),
+        "sources": digest(csrc()),
+        "sanitizers": sanitizers(),
+    }
+
+
+def cache_key(compiler):
+    """Name of the cache entry that holds the library for this process and compiler."""
+    binary = shutil.which(compiler.command)
+    parts = [
+        identity(),
+        compiler.version,
+        os.path.realpath(binary),
+        [os.environ.get(name) for name in FLAG_VARIABLES],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def write_identity(path, built_for, compiler, **more):
+    """Leave beside a library what it was built from and for."""
+    text = json.dumps({**built_for, "compiler": str(compiler), **more}, indent=1)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def compile_into(directory):
+    """Compile the extension into ``directory``/lib against the torch of this interpreter."""
+    from setuptools import setup
+    from torch.utils.cpp_extension import BuildExtension
+
+    os.chdir(directory)  # no setup.cfg or pyproject.toml of a stranger is read here
+    setup(
+        name="fastopt",
+        packages=[],
+        py_modules=[],
+        ext_modules=[extension("_C", csrc(), find_compiler())],
+        cmdclass={"build_ext": BuildExtension},
+        script_args=["build_ext", "--build-lib", "lib", "--build-temp", "objects"],
+    )
+
+
+if __name__ == "__main__":
+    sys.path.remove(str(HERE))  # put there for the script; its modules must not shadow others
+    compile_into(sys.argv[1])

@@ -1,0 +1,137 @@
+"""``python -m fastopt demo``: arguments, the run, and what its exit status says."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import fastopt
+
+from . import data, plot, report, train
+from .models import MODELS
+from .progress import Progress
+
+DESCRIPTION = """\
+Train a CNN on handwritten digits twice from one seed, with stock torch and with fastopt, and compare losses, test
+accuracy and the time of each part of a step. Exits with 1 if the two trainings do not agree, with 2 on bad input."""
+
+DATA_HELP = """\
+folder of the four IDX files of MNIST, packed or not, in it, in raw or in MNIST/raw; without it $FASTOPT_DATA, ./data,
+../data and ~/data are tried, and where none of them has digits fastopt draws its own"""
+
+
+def add_arguments(parser):
+    """The demo's arguments on ``parser``."""
+    parser.description = DESCRIPTION
+    defaults = train.Config()
+    parser.add_argument("--model", choices=tuple(MODELS), default=defaults.model, help="default: %(default)s")
+    parser.add_argument("--optimizer", choices=(*train.OPTIMIZERS, "all"), default="all", help="default: %(default)s")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=_at_least(1), help=f"steps to train; default: {defaults.steps}")
+    length.add_argument("--epochs", type=_at_least(1), help="train so many times over all images instead")
+    parser.add_argument("--batch-size", type=_at_least(1), default=defaults.batch_size, help="default: %(default)s")
+    parser.add_argument("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
+    parser.add_argument("--seed", type=_at_least(0), default=defaults.seed, help="default: %(default)s")
+    parser.add_argument(
+        "--stock",
+        choices=tuple(report.STOCK),
+        default=defaults.stock,
+        help="which of torch's own "
+        "implementations fastopt is compared with; default: the one torch.optim takes by itself",
+    )
+    parser.add_argument("--device", type=_device, default=defaults.device, help="cpu or cuda; default: %(default)s")
+    parser.add_argument("--threads", type=_at_least(1), help="threads of torch and fastopt; default: torch's")
+    parser.add_argument("--data", type=Path, metavar="DIR", help=DATA_HELP)
+    parser.add_argument("--download", action="store_true", help="fetch MNIST through torchvision into --data or ./data")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write everything known about the run")
+    parser.add_argument("--png", type=_new_file, metavar="FILE", help="write loss curves and times as a picture")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(args, parser):
+    """Train, report, and return the exit status: 0 if parity holds, 1 if not, 2 if the data cannot be used."""
+    if args.data and not args.download and not args.data.is_dir():
+        parser.error(f"argument --data: must be a directory, got {str(args.data)!r}")
+    try:
+        digits = data.load(args.data, download=args.download)
+    except data.DataError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    n_train = len(digits.train.labels)
+    if args.batch_size > n_train:
+        parser.error(f"argument --batch-size: must be at most the {n_train} training images, got {args.batch_size}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    config = _config(args, n_train)
+    fastopt.CrossEntropyLoss()(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # builds the kernels if need be
+    info = fastopt.info()
+    print("\n".join(report.describe(config, digits, info)), flush=True)
+
+    comparisons = []
+    for name in train.OPTIMIZERS if args.optimizer == "all" else (args.optimizer,):
+        progress = Progress(name, config.steps, quiet=args.quiet)
+        comparisons.append(train.compare(name, config, digits, progress.step))
+    status = _write_files(args, parser, config, digits, comparisons, info)  # first: a closed pipe must not lose them
+    print("\n" + report.tables(comparisons))
+    return status
+
+
+def _write_files(args, parser, config, digits, comparisons, info):
+    status = 0 if all(outcome.parity.ok for outcome in comparisons) else 1
+    try:
+        if args.json:
+            args.json.write_text(report.to_json(config, digits, comparisons, info) + "\n")
+        if args.png:
+            plot.save(args.png, config, comparisons)
+    except ImportError as error:
+        print(f"{parser.prog}: no picture, for there is no matplotlib ({error})", file=sys.stderr)
+    except OSError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return status or 2
+    return status
+
+
+def _config(args, n_train):
+    names = {field.name for field in dataclasses.fields(train.Config)}
+    config = train.Config(**{name: value for name, value in vars(args).items() if name in names and name != "steps"})
+    steps = args.epochs * (n_train // args.batch_size) if args.epochs else args.steps or config.steps
+    return dataclasses.replace(config, steps=steps)
+
+
+def _at_least(lowest):
+    def integer(text):
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be >= {lowest}, got {value}")
+        return value
+
+    return integer
+
+
+def learning_rate(text):
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be >= 0 and finite, got {value}")
+    return value
+
+
+def _device(text):
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {text!r}")
+    return text
+
+
+def _new_file(text):
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
+    return path

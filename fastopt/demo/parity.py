@@ -1,0 +1,136 @@
+"""Judges whether the two trainings are the same training.
+
+Float32 trajectories part on their own: one rounding flips one ReLU, and Adam or RMSprop turns that into a step. So the
+demo does not only compare trajectories. In its first steps it also asks what no chaos can hide: on the same logits, is
+fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. What follows is held to looser rules.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+N_CHECKED_STEPS = 20
+LOSS_TOLERANCE = 1e-5
+UPDATE_TOLERANCE = 1e-5
+END_LOSS_TOLERANCE = 0.1
+ACCURACY_TOLERANCE_PERCENT = 2.0
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+CRITERION = f"""\
+Parity holds if
+  on the same logits, the loss and its gradient differ by at most {LOSS_TOLERANCE:g} of their size
+    (first {N_CHECKED_STEPS} steps; times the largest logit where that is above 1);
+  fed the same gradients, the weights differ in norm by at most {UPDATE_TOLERANCE:g} of the way they moved, plus one
+    rounding of the weights per step (first {N_CHECKED_STEPS} steps);
+  every loss of both trainings is finite;
+  their mean losses over the last fifth of the steps differ by at most {END_LOSS_TOLERANCE:g}, or a quarter of torch's;
+  their test accuracies differ by at most {ACCURACY_TOLERANCE_PERCENT:g} points, or a quarter of torch's errors."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether parity holds, why not, and the figures it was judged by."""
+
+    ok: bool
+    reasons: tuple
+    max_loss_error: float  # on the same logits, as a share of what is allowed
+    max_update_error: float  # on the same gradients, as a share of what is allowed
+    max_loss_difference: float  # between the trainings
+    end_loss_difference: float
+    accuracy_difference_percent: float
+
+
+class Shadow:
+    """Runs fastopt's loss on torch's logits and fastopt's optimizer on torch's gradients.
+
+    Args:
+        model: copy of the network at the start; ``optimizer`` is fastopt's, over its parameters.
+        loss, torch_loss: the two loss modules.
+    """
+
+    def __init__(self, model, optimizer, loss, torch_loss):
+        self.params, self.optimizer = list(model.parameters()), optimizer
+        self.loss, self.torch_loss = loss, torch_loss
+        self.start = _flat(self.params)
+        self.loss_errors, self.update_errors = [], []
+
+    def check(self, torch_params, logits, labels):
+        """One step after torch's: its parameters still hold the gradients that moved them."""
+        self.loss_errors.append(self._loss_error(logits, labels))
+        for param, torch_param in zip(self.params, torch_params, strict=True):
+            param.grad = torch_param.grad.clone()
+        self.optimizer.step()
+        ours, theirs = _flat(self.params), _flat(torch_params)
+        n_steps = len(self.update_errors) + 1
+        allowed = UPDATE_TOLERANCE * (theirs - self.start).norm() + n_steps * FLOAT32_EPS * theirs.norm()
+        self.update_errors.append(((ours - theirs).norm() / allowed).item())
+
+    def _loss_error(self, logits, labels):
+        values, grads = [], []
+        for loss in (self.torch_loss, self.loss):
+            leaf = logits.detach().clone().requires_grad_()
+            value = loss(leaf, labels)
+            (grad,) = torch.autograd.grad(value, leaf)
+            values.append(value.detach().double())
+            grads.append(grad.double())
+        allowed = LOSS_TOLERANCE * logits.detach().abs().max().clamp(min=1).double()
+        value_error = (values[1] - values[0]).abs() / values[0].abs().clamp(min=1e-3)
+        grad_error = (grads[1] - grads[0]).abs().max() / grads[0].abs().max().clamp(min=1e-30)
+        return (torch.maximum(value_error, grad_error) / allowed).item()
+
+
+def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy):
+    """The verdict by :data:`CRITERION`.
+
+    Args:
+        shadow: :class:`Shadow` after the first steps.
+        torch_losses, fastopt_losses: loss of each step of the two trainings.
+        torch_accuracy, fastopt_accuracy: on the test images, in percent.
+    """
+    reasons = []
+    for what, errors in (
+        ("on the same logits the losses", shadow.loss_errors),
+        ("fed the same gradients the weights", shadow.update_errors),
+    ):
+        broken = _first(errors, lambda error: not error <= 1)  # NaN is broken too
+        if broken is not None:
+            reasons.append(f"{what} differ in step {broken + 1} by {errors[broken]:.3g} times what is allowed")
+    for side, losses in (("torch", torch_losses), ("fastopt", fastopt_losses)):
+        broken = _first(losses, lambda loss: not math.isfinite(loss))
+        if broken is not None:
+            reasons.append(f"{side}'s loss in step {broken + 1} is {losses[broken]}")
+
+    n_end = max(1, len(torch_losses) // 5)
+    torch_end, fastopt_end = (sum(losses[-n_end:]) / n_end for losses in (torch_losses, fastopt_losses))
+    end, allowed = abs(torch_end - fastopt_end), max(END_LOSS_TOLERANCE, torch_end / 4)
+    if end > allowed:
+        reasons.append(f"mean losses of the last {n_end} steps differ by {end:.3f}, {allowed:.3f} allowed")
+    accuracy = abs(torch_accuracy - fastopt_accuracy)
+    allowed = max(ACCURACY_TOLERANCE_PERCENT, (100 - torch_accuracy) / 4)
+    if accuracy > allowed:
+        reasons.append(f"test accuracies differ by {accuracy:.2f} points, {allowed:.2f} allowed")
+
+    return Verdict(
+        ok=not reasons,
+        reasons=tuple(reasons),
+        max_loss_error=_largest(shadow.loss_errors),
+        max_update_error=_largest(shadow.update_errors),
+        max_loss_difference=_largest(abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)),
+        end_loss_difference=end,
+        accuracy_difference_percent=accuracy,
+    )
+
+
+def _flat(params):
+    return torch.cat([param.detach().flatten().double() for param in params])
+
+
+def _first(values, condition):
+    return next((index for index, value in enumerate(values) if condition(value)), None)
+
+
+def _largest(values):
+    """The largest; NaN if any is NaN, which ``max`` would lose or keep by its place."""
+    values = list(values)
+    return math.nan if any(math.isnan(value) for value in values) else max(values)

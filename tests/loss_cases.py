@@ -1,0 +1,184 @@
+"""The table of loss cases: shapes and layouts of logits, options of the loss, and why each is there."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Logits:
+    sizes: tuple
+    layout: str
+    why: str
+
+    def __str__(self):
+        return f"{'x'.join(map(str, self.sizes))}-{self.layout}"
+
+    @property
+    def n_classes(self):
+        return self.sizes[0] if len(self.sizes) == 1 else self.sizes[1]
+
+    @property
+    def positions(self):
+        return () if len(self.sizes) == 1 else (self.sizes[0], *self.sizes[2:])
+
+    def lay(self, values):
+        """The values in this layout; memory around them holds NaN, which must not be read."""
+        return _LAYOUTS[self.layout](values)
+
+
+def _inside(values, make_view):
+    view = make_view()
+    view.copy_(values)
+    return view
+
+
+def _sliced(values):
+    nan = values.new_full((*values.shape[:-1], values.shape[-1] + 3), float("nan"))
+    return _inside(values, lambda: nan[..., 1:-2])
+
+
+def _every_other(values, dim):
+    sizes = list(values.shape)
+    sizes[dim] *= 2
+    nan = values.new_full(sizes, float("nan"))
+    return _inside(values, lambda: nan.movedim(dim, 0)[::2].movedim(0, dim))
+
+
+def _class_dim(values):
+    return 0 if values.dim() == 1 else 1
+
+
+_LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "permuted": lambda x: x.permute(2, 1, 3, 0).contiguous().permute(3, 1, 0, 2),
+    "sliced": _sliced,
+    "rows_apart": lambda x: _every_other(x, 0),
+    "classes_apart": lambda x: _every_other(x, _class_dim(x)),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "classes_expanded": lambda x: x[:, :1].expand(x.shape),
+}
+
+LOGITS = [
+    Logits((5,), "contiguous", "one position, no batch"),
+    Logits((100,), "classes_apart", "one position that must be gathered"),
+    Logits((3, 1), "contiguous", "one class: loss and gradient are 0"),
+    Logits((1, 7), "contiguous", "a tile with one lane in use"),
+    Logits((33, 10), "contiguous", "narrow rows: two vectors of 16 and one lane"),
+    Logits((300, 3), "contiguous", "narrow rows: more than one tile of 256"),
+    Logits((7, 64), "contiguous", "the widest narrow row"),
+    Logits((7, 65), "contiguous", "the narrowest wide row"),
+    Logits((11, 300), "contiguous", "wide rows: sums flushed at 256, several rows in a task"),
+    Logits((3, 2049), "contiguous", "wide rows: one class in a second block"),
+    Logits((2, 5000), "contiguous", "wide rows: three blocks"),
+    Logits((3, 10, 6), "contiguous", "columns: less than a vector"),
+    Logits((2, 17, 20, 16), "contiguous", "columns: more than one tile of 256; 16 classes and one more"),
+    Logits((2, 9, 2, 3, 3), "contiguous", "columns of a volume"),
+    Logits((3, 70, 5), "contiguous", "columns: wide"),
+    Logits((3, 6, 1), "contiguous", "rows in a disguise of columns"),
+    Logits((2, 5, 4, 3), "channels_last", "narrow rows of an image"),
+    Logits((2, 70, 4, 3), "channels_last", "wide rows of an image"),
+    Logits((300, 20), "transposed", "columns of one image, more than one tile"),
+    Logits((33, 100), "transposed", "wide columns of one image"),
+    Logits((2, 5, 3, 4), "permuted", "positions in no walkable order: copied"),
+    Logits((9, 10), "sliced", "narrow rows with a gap, misaligned"),
+    Logits((5, 100), "sliced", "wide rows with a gap, misaligned"),
+    Logits((2, 6, 3, 5), "sliced", "columns with gaps inside an image: copied"),
+    Logits((2, 6, 5), "rows_apart", "columns with gaps between images"),
+    Logits((6, 100), "rows_apart", "every other row"),
+    Logits((6, 10), "classes_apart", "every other class: copied"),
+    Logits((6, 10), "expanded", "one row for all, stride 0"),
+    Logits((6, 100), "expanded", "one wide row for all, stride 0"),
+    Logits((6, 10), "classes_expanded", "class stride 0"),
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    kind: str  # "index" or "probability"
+    has_weight: bool
+    smoothing: float
+    ignored: str  # "none", "some" (-100), "class" (a class in range), "all"
+    reduction: str
+
+    def __str__(self):
+        parts = [self.kind, "weight" if self.has_weight else "", f"smoothing={self.smoothing}"]
+        return "-".join(filter(None, [*parts, f"ignored={self.ignored}", self.reduction]))
+
+    @property
+    def ignore_index(self):
+        return 0 if self.ignored == "class" else -100
+
+    def make_target(self, logits, dtype, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "probability":
+            values = torch.rand(logits.sizes, generator=generator, dtype=torch.float64)
+            return (values / values.sum(_class_dim(values), keepdim=True)).to(dtype)
+        target = torch.randint(logits.n_classes, logits.positions, generator=generator)
+        if self.ignored == "some":
+            every_third = torch.arange(target.numel()).reshape(target.shape) % 3 == 1
+            target = target.masked_fill(every_third, -100)
+        return torch.full_like(target, -100) if self.ignored == "all" else target
+
+    def make(self, logits, dtype, seed=0):
+        """Target and keyword arguments of the loss; weights are exact in every dtype."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        weight = (
+            torch.randint(1, 9, (logits.n_classes,), generator=generator).to(dtype) / 4 if self.has_weight else None
+        )
+        return self.make_target(logits, dtype, seed), {
+            "weight": weight,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.smoothing,
+        }
+
+
+# 0.1 mixes target and spread; 1.0 leaves the target nothing.
+OPTIONS = [
+    Options(kind, has_weight, smoothing, ignored, reduction)
+    for (kind, ignored), has_weight, smoothing, reduction in itertools.product(
+        [("index", "none"), ("index", "some"), ("index", "class"), ("index", "all"), ("probability", "none")],
+        [False, True],
+        [0.0, 0.1, 1.0],
+        ["mean", "sum", "none"],
+    )
+]
+
+# One for each kind of target that a kernel is compiled for.
+KINDS = [
+    Options("index", False, 0.0, "some", "mean"),
+    Options("index", False, 0.1, "some", "mean"),
+    Options("index", True, 0.1, "some", "mean"),
+    Options("probability", False, 0.1, "none", "mean"),
+    Options("probability", True, 0.1, "none", "mean"),
+]
+
+
+def make_values(sizes, dtype=torch.float32, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(sizes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+def widen(value):
+    """Floating-point tensors among arguments in float64; the rest as it is."""
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def loss_and_grad(function, input, target, grad_output=None, **options):
+    """The loss and the gradient of its sum, or of its product with grad_output."""
+    x = input.detach().requires_grad_()
+    loss = function(x, target, **options)
+    if grad_output is None:
+        grad_output = torch.ones_like(loss)
+    (grad,) = torch.autograd.grad(loss, x, grad_output.to(loss.dtype))
+    return loss.detach(), grad
+
+
+def truth_of(function, input, target, grad_output=None, **options):
+    """loss_and_grad in float64."""
+    options = {name: widen(value) for name, value in options.items()}
+    return loss_and_grad(function, widen(input), widen(target), grad_output, **options)

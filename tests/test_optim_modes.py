@@ -1,0 +1,406 @@
+"""Optimizers in every mode torch runs them in: hooks, closures, scalers, schedules, exotic tensors, bad input."""
+
+import multiprocessing
+import warnings
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import fastopt
+from common import error, is_native, kernel_calls
+from optim_cases import OPTIM_CASES, make_params, set_grads
+
+ids = [str(case) for case in OPTIM_CASES]
+all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
+CLASSES = ["SGD", "RMSprop", "Adam", "AdamW"]
+all_classes = pytest.mark.parametrize("name", CLASSES)
+
+
+def one_param(name, value=1.0, n=4, **options):
+    param = torch.nn.Parameter(torch.full((n,), value))
+    param.grad = torch.ones(n)
+    return param, getattr(fastopt, name)([param], **options)
+
+
+@all_classes
+def test_step_hooks_run_once_each_in_torchs_order(name):
+    calls = []
+    param, optimizer = one_param(name)
+    handles = [
+        register_optimizer_step_pre_hook(lambda *a: calls.append("global pre")),
+        optimizer.register_step_pre_hook(lambda *a: calls.append("pre")),
+        optimizer.register_step_post_hook(lambda *a: calls.append("post")),
+        register_optimizer_step_post_hook(lambda *a: calls.append("global post")),
+    ]
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert calls == ["global pre", "pre", "post", "global post"]
+
+
+def test_a_pre_hook_may_replace_the_closure():
+    param, optimizer = one_param("SGD", lr=0.5)
+    optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: torch.tensor(5.0)), kwargs))
+    assert optimizer.step() == 5.0
+
+
+def test_hooks_run_once_in_a_subclass_whose_step_calls_super():
+    class Counting(fastopt.Adam):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    param = torch.nn.Parameter(torch.ones(2))
+    param.grad = torch.ones(2)
+    optimizer, calls = Counting([param]), []
+    optimizer.register_step_pre_hook(lambda *a: calls.append(1))
+    optimizer.step()
+    assert calls == [1]
+
+
+@all_classes
+def test_closures_return_the_loss_and_run_with_gradients(name):
+    param, optimizer = one_param(name)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (param * param).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 4.0
+    assert not torch.equal(param, torch.ones(4))
+
+
+@all_classes
+def test_the_profiler_sees_the_step(name):
+    param, optimizer = one_param(name)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert any(event.key == f"Optimizer.step#{name}.step" for event in profile.key_averages())
+
+
+SCHEDULES = [
+    lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 5),
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=8, cycle_momentum=False),
+    lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+]
+
+
+@all_cases
+def test_schedules_run_as_with_torch_and_without_warning(case):
+    for make in SCHEDULES:
+        results = []
+        for cls in (case.ours, case.theirs):
+            params = make_params([(9,)], torch.float64)
+            optimizer = cls(params, **case.options)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                schedule = make(optimizer)
+                for step in range(6):
+                    set_grads(params, seed=step)
+                    optimizer.step()
+                    schedule.step()
+            results.append(params[0])
+        assert error(*results) <= 1e-12
+
+
+@pytest.mark.parametrize("overflow_at", [0, 1, 3])
+@pytest.mark.parametrize("fused", [None, True])
+@all_cases
+def test_a_scaler_skips_overflowing_steps_and_nothing_is_half_made(case, fused, overflow_at):
+    if fused and case.name == "RMSprop":
+        pytest.skip("torch's RMSprop has no fused")
+    options = {**case.options, "fused": True} if fused else case.options
+    results = []
+    for cls, opts in ((case.ours, options), (case.theirs, case.options)):
+        params = make_params([(9,), (4,)], torch.float32)
+        optimizer = cls(params, **opts)
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        for step in range(5):
+            optimizer.zero_grad()
+            factor = float("inf") if step == overflow_at else 1.0 + step
+            scaler.scale(sum((p * p).sum() for p in params) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if step == overflow_at == 0:
+                assert all(not state or state["step"] == 0 for state in map(optimizer.state.get, params) if state)
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert error(p, q) <= 1e-5
+
+
+def test_found_inf_summed_over_devices_skips_the_step():
+    param, optimizer = one_param("Adam", fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(2.0)
+    optimizer.step()
+    assert torch.equal(param, torch.ones(4))
+    assert not optimizer.state
+
+
+def tied_views(dtype):
+    base = torch.arange(1.0, 9.0, dtype=dtype)
+    return [torch.nn.Parameter(base[:6]), torch.nn.Parameter(base[2:])]
+
+
+@all_cases
+def test_parameters_that_share_memory_are_stepped_one_after_the_other(case):
+    results = []
+    for cls in (case.ours, case.theirs):
+        params = tied_views(torch.float64)
+        optimizer = cls(params, **case.options)
+        for step in range(3):
+            set_grads(params, seed=step)
+            optimizer.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert error(p, q) <= 1e-12
+
+
+@all_cases
+def test_a_parameter_listed_twice_is_stepped_twice(case):
+    results = []
+    for cls in (case.ours, case.theirs):
+        (param,) = make_params([(5,)], torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer = cls([param, param], **case.options)
+        for step in range(3):
+            set_grads([param], seed=step)
+            optimizer.step()
+        results.append(param)
+    assert error(*results) <= 1e-12
+
+
+@all_cases
+def test_a_gradient_that_is_another_parameter_is_read_before_that_is_stepped(case):
+    results = []
+    for cls in (case.ours, case.theirs):
+        params = make_params([(50_000,), (50_000,)], torch.float64)
+        optimizer = cls(params, **case.options)
+        for _ in range(2):
+            params[0].grad = params[1].data
+            params[1].grad = torch.ones_like(params[1])
+            optimizer.step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert error(p, q) <= 1e-11
+
+
+@pytest.mark.native
+def test_parameters_in_one_buffer_side_by_side_are_for_the_kernel():
+    buffer = torch.ones(30)
+    params = [torch.nn.Parameter(buffer[a:b]) for a, b in ((0, 10), (10, 20), (20, 30))]
+    set_grads(params, seed=0)
+    before = kernel_calls("update")
+    fastopt.SGD(params, lr=0.1).step()
+    assert kernel_calls("update") == before + 1
+
+
+def with_sparse_grad(cls):
+    param = torch.nn.Parameter(torch.ones(4, 2))
+    param.grad = torch.sparse_coo_tensor([[1, 3]], torch.ones(2, 2), (4, 2))
+    return [param], cls([param], lr=0.1)
+
+
+def with_complex(cls):
+    param = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+    param.grad = torch.tensor([0.5 + 1j, 2 - 2j])
+    return [param], cls([param], lr=0.1)
+
+
+def with_conjugate_grad(cls):
+    param = torch.nn.Parameter(torch.tensor([1.0, 3.0]))
+    param.grad = torch.tensor([0.5 + 1j, 2 - 2j]).conj().imag
+    return [param], cls([param], lr=0.1)
+
+
+def with_integer_looking_numbers(cls):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    return [param], cls([param], lr=1, weight_decay=2)
+
+
+def with_differentiable(cls):
+    param = torch.nn.Parameter(torch.ones(3)).clone()
+    param.grad = torch.ones(3)
+    return [param], cls([param], lr=0.1, differentiable=True)
+
+
+def with_float8_state_like_dtype(cls):
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = cls([param], lr=0.1)
+    param.data = param.data.float()
+    param.grad = torch.ones(3)
+    return [param], optimizer
+
+
+def with_meta(cls):
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    param.grad = torch.ones(3, device="meta")
+    return [param], cls([param], lr=0.1)
+
+
+def with_capturable(cls):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    return [param], cls([param], lr=0.1, capturable=True)
+
+
+def with_no_gradients(cls):
+    return [torch.nn.Parameter(torch.ones(3))], cls([torch.nn.Parameter(torch.ones(3))], lr=0.1)
+
+
+UNUSUAL = [
+    with_sparse_grad,
+    with_complex,
+    with_conjugate_grad,
+    with_integer_looking_numbers,
+    with_differentiable,
+    with_float8_state_like_dtype,
+    with_meta,
+    with_capturable,
+    with_no_gradients,
+]
+
+
+@all_classes
+@pytest.mark.parametrize("make", UNUSUAL, ids=lambda f: f.__name__)
+def test_unusual_tensors_give_torchs_result_or_torchs_error(make, name):
+    results = []
+    for module in (fastopt, torch.optim):
+        try:
+            params, optimizer = make(getattr(module, name))
+            optimizer.step()
+            optimizer.step()
+            results.append([torch.view_as_real(p) if p.is_complex() else p for p in params])
+        except (RuntimeError, TypeError, AssertionError, NotImplementedError) as failure:
+            results.append((type(failure), str(failure)))
+    ours, theirs = results
+    if isinstance(theirs, tuple):
+        assert ours == theirs
+    else:
+        for p, q in zip(ours, theirs, strict=True):
+            assert p.device == q.device
+            assert p.is_meta or error(p, q) <= 1e-6
+
+
+BAD_ARGUMENTS = [
+    dict(lr=-0.1),
+    dict(lr=float("nan")),
+    dict(weight_decay=-1.0),
+    dict(lr=torch.ones(2)),
+    dict(eps=-1.0),
+    dict(momentum=-0.5),
+    dict(alpha=-1.0),
+    dict(betas=(1.0, 0.9)),
+    dict(betas=(0.9, -0.1)),
+    dict(nesterov=True),
+    dict(nesterov=True, momentum=0.9, dampening=0.1),
+    dict(foreach=True, fused=True),
+    dict(fused=True, differentiable=True),
+    dict(params=[]),
+    dict(params=torch.ones(3)),
+    dict(params=[1.0]),
+    dict(params=[{"params": [torch.ones(2, requires_grad=True) * 2]}]),
+    dict(learning_rate=0.1),
+    dict(),
+]
+
+
+@all_classes
+@pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
+def test_constructors_raise_what_torchs_raise(options, name):
+    outcomes = []
+    for module in (fastopt, torch.optim):
+        arguments = {"params": [torch.nn.Parameter(torch.ones(2))], **options}
+        try:
+            outcomes.append(repr(getattr(module, name)(**arguments)))
+        except Exception as failure:
+            outcomes.append((type(failure), str(failure)))
+    assert outcomes[0] == outcomes[1]
+
+
+@all_classes
+def test_torch_compile_of_a_step_gives_the_same(name):
+    results = []
+    for compiled in (False, True):
+        params = make_params([(6,), (3, 2)], torch.float64)
+        optimizer = getattr(fastopt, name)(params, lr=0.1)
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for seed in range(3):
+            set_grads(params, seed=seed)
+            step()
+        results.append(params)
+    for p, q in zip(*results, strict=True):
+        assert error(p, q) <= 1e-5  # torch's compiled step corrects the bias in float32
+
+
+OPS = {
+    "sgd_": lambda t: (([t()], [t()], [t()]), {"lr": 0.1, "momentum": 0.9}),
+    "rmsprop_": lambda t: (([t()], [t()], [t()], [], [], [torch.tensor(0.0)]), {"lr": 0.1}),
+    "adam_": lambda t: (([t()], [t()], [t()], [t()], [], [torch.tensor(0.0)]), {"lr": 0.1}),
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_operators_pass_opcheck(op):
+    args, kwargs = OPS[op](lambda: torch.rand(5))
+    torch.library.opcheck(getattr(torch.ops.fastopt, op).default, args, kwargs)
+
+
+@pytest.mark.native
+def test_operators_refuse_what_does_not_fit_and_change_nothing():
+    p, g = torch.ones(4), torch.ones(4)
+    for args, message in [
+        (([p], [], []), "grads must have one tensor"),
+        (([p], [torch.ones(5)], []), "shape is not its parameter's"),
+        (([p], [g.double()], []), "dtype is not its parameter's"),
+        (([p, p], [g, g], []), "share memory"),
+    ]:
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.fastopt.sgd_(*args, lr=0.1)
+        assert torch.equal(p, torch.ones(4))
+
+
+def _train_in_child(connection):
+    params = make_params([(20_000,), (7,)])
+    optimizer = fastopt.Adam(params)
+    for step in range(3):
+        set_grads(params, seed=step)
+        optimizer.step()
+    connection.send([p.detach().double().sum().item() for p in params])
+
+
+@pytest.mark.native
+def test_training_works_after_fork():
+    """The child has a copy of a running thread pool, but not its threads. Sizes are such that only we go parallel."""
+    params = make_params([(20_000,), (7,)])
+    optimizer = fastopt.Adam(params)
+    for step in range(3):
+        set_grads(params, seed=step)
+        optimizer.step()
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_train_in_child, args=(theirs,))
+    child.start()
+    assert ours.poll(60), "the child hangs"
+    assert ours.recv() == [p.detach().double().sum().item() for p in params]
+    child.join()
+
+
+def test_steps_leak_no_memory():
+    import resource
+
+    params = make_params([(64,), (8, 8)])
+    optimizer = fastopt.Adam(params)
+    set_grads(params, seed=0)
+    n_steps = 50_000 if is_native() else 2_000
+    for _ in range(n_steps):
+        optimizer.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(4 * n_steps):
+        optimizer.step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000  # KiB
