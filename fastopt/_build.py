@@ -127,8 +127,9 @@ def compile_flags(compiler):
     flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
     if platform.machine().lower() in ("x86_64", "amd64"):
         flags.append("-mprefer-vector-width=512")
-    if compiler.is_gcc:
-        flags.append("-fopenmp")  # at::parallel_for is a template: without it our loops would be serial
+    # at::parallel_for is a template: without OpenMP our loops would be serial. Other compilers would call a runtime of
+    # their own beside torch's libgomp, so they get vector loops only.
+    flags.append("-fopenmp" if compiler.is_gcc else "-fopenmp-simd")
     if sanitizers():
         # vptr checks need the type information of torch's classes, which torch keeps to itself.
         flags += [f"-fsanitize={sanitizers()}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
