@@ -14,7 +14,7 @@ constexpr int64_t kMinElementsPerThread = 8192;
 // A tensor's fixed cost, in elements: finding it and starting its loop.
 constexpr int64_t kSlabOverhead = 64;
 // Elements up to which a thread keeps the same share each step, so that its cache keeps the data.
-constexpr int64_t kMaxElementsInCache = 1 << 20;
+constexpr int64_t kMaxElementsInCache = 1 << 24;
 // Divisions inside a tensor fall on whole cache lines of every stored type.
 constexpr int64_t kAlignment = 64;
 
