@@ -4,7 +4,7 @@
 
 Prints a Markdown table. ``ratio`` is the fastest of torch's times over fastopt's; ``of copy`` is a plain copy's time
 for the same bytes over fastopt's time. Medians over rounds; in a round the providers take turns, each with one untimed
-call and then some 10 ms of timed ones, so small work finds its data in the cache, for all of them alike.
+call and then some 30 ms of timed ones, so small work finds its data in the cache, for all of them alike.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def copy_seconds(n_bytes):
 def run(case, kind, args):
     providers = optimizer_providers(case) if kind == "optimizer" else loss_providers(case, args.compile)
     first = timed({"torch": providers["torch"]}, 3, 1)["torch"][0]
-    n_inner = max(1, int(2e-3 / first))
+    n_inner = max(1, int(3e-2 / first))
     n_rounds = min(
         7 if args.quick else 41, max(5, int((0.5 if args.quick else 4) / (first * n_inner * len(providers))))
     )
