@@ -1,8 +1,11 @@
-"""Skips tests of the kernels where the reference path serves."""
+"""Skips tests of the kernels where the reference path serves; fixtures of the stand-in package."""
+
+import shutil
 
 import pytest
 
 from common import is_native
+from stand_in import Holding, Package
 
 
 def pytest_collection_modifyitems(items):
@@ -18,3 +21,24 @@ def pytest_report_header():
     import fastopt
 
     return f"fastopt: {fastopt.info()['backend']}"
+
+
+@pytest.fixture
+def package(tmp_path):
+    return Package(tmp_path / "checkout")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A package whose library has been compiled just in time; copied, never changed."""
+    package = Package(tmp_path_factory.mktemp("built") / "checkout")
+    assert package.run() == ("native-cpu-baseline", Holding("compiling", "compiled in"))
+    return package
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    """A package whose cache holds the compiled library."""
+    package = Package(tmp_path / "checkout")
+    shutil.copytree(built.cache, package.cache)
+    return package
