@@ -242,17 +242,17 @@ def test_the_optimizer_keeps_no_tensor_alive(case):
     assert all(ref() is None for ref in states)
 
 
-def test_a_cycle_through_a_gradient_hook_is_collected():
-    def step_in_backward():
-        param = torch.nn.Parameter(torch.ones(4))
-        optimizer = fastopt.Adam([param])
-        param.register_post_accumulate_grad_hook(lambda p: optimizer.step())
-        (param * 2).sum().backward()
-        return weakref.ref(optimizer)
+def test_a_cycle_through_the_optimizer_is_collected():
+    def step_and_forget():
+        params = make_params(SHAPES)
+        optimizer = fastopt.Adam(params)
+        take_steps(params, optimizer, 0, 2)
+        optimizer.itself = optimizer
+        return weakref.ref(optimizer), weakref.ref(params[0])
 
-    optimizer = step_in_backward()
+    references = step_and_forget()
     gc.collect()
-    assert optimizer() is None
+    assert all(reference() is None for reference in references)
 
 
 @all_cases

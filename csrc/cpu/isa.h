@@ -1,8 +1,21 @@
 // One binary, several instruction sets: functions marked FASTOPT_CLONES are compiled for each and chosen at load time.
 #pragma once
 
+#if defined(FASTOPT_ONE_LEVEL)
+// A build for one instruction set, by the compiler's flags: how tests run the levels below this machine's.
+#define FASTOPT_CLONES
+#if defined(__AVX512F__)
+#define FASTOPT_CPU_HAS_V4 true
+#else
+#define FASTOPT_CPU_HAS_V4 false
+#endif
+#if defined(__AVX2__)
+#define FASTOPT_CPU_HAS_V3 true
+#else
+#define FASTOPT_CPU_HAS_V3 false
+#endif
 // Levels by feature (v3: AVX2 and FMA; v4: AVX-512), not by processor name: names would leave other makers on baseline.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTOPT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define FASTOPT_CPU_HAS_V3 __builtin_cpu_supports("x86-64-v3")
 #define FASTOPT_CPU_HAS_V4 __builtin_cpu_supports("x86-64-v4")

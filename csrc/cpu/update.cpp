@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kMinElementsPerThread = 8192;
 // A tensor's fixed cost, in elements: finding it and starting its loop.
 constexpr int64_t kSlabOverhead = 64;
-// Elements up to which a thread keeps the same share each step, so that its cache keeps the data.
+// Elements up to which a thread keeps the same share each step, so that the caches keep the data; beyond, the threads
+// take the next stretch when they are free.
 constexpr int64_t kMaxElementsInCache = 1 << 24;
 // Divisions inside a tensor fall on whole cache lines of every stored type.
 constexpr int64_t kAlignment = 64;
