@@ -32,15 +32,11 @@ def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, l
 def _cross_entropy_forward(
     input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, wants_grad=False
 ):
+    loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     if not wants_grad:
-        loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
         return loss, input.new_empty(0)
-    with torch.enable_grad():
-        logits = input.detach().to(_grad_dtype(input)).requires_grad_()
-        widened = [t if t is None or not t.is_floating_point() else t.to(logits.dtype) for t in (target, weight)]
-        loss = _cross_entropy(logits, *widened, reduction, ignore_index, label_smoothing)
-        (grad,) = torch.autograd.grad(loss.sum(), logits)
-    return loss.detach().to(input.dtype), grad
+    options = (weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    return loss, reference.cross_entropy_gradient(input, target, *options).to(_grad_dtype(input))
 
 
 def _cross_entropy_forward_fake(

@@ -8,6 +8,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _native, reference
 
+# Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
 
 def cross_entropy(
     input: Tensor,
@@ -85,7 +88,7 @@ def _cross_entropy(
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
-    if not input.is_cpu:
+    if not input.is_cpu or type(input) not in _PLAIN_TYPES:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
