@@ -49,12 +49,18 @@ FASTOPT_HD float load(BFloat16 value) { return bit_cast<float>(static_cast<uint3
 
 // Without branches, so that it vectorises: the exponent is rebased by a multiplication, subnormals by a subtraction.
 FASTOPT_HD float load(Half value) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+#else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   const float normal = bit_cast<float>((magnitude << 13) + (224u << 23)) * 0x1p-112f;
   const float subnormal = bit_cast<float>(magnitude | (126u << 23)) - 0.5f;
   const float absolute = magnitude < 0x0400u ? subnormal : normal;
   return bit_cast<float>(bit_cast<uint32_t>(absolute) | sign);
+#endif
 }
 
 FASTOPT_HD void store(double& to, double value) { to = value; }
@@ -62,13 +68,20 @@ FASTOPT_HD void store(float& to, float value) { to = value; }
 
 // Round to nearest, ties to even; a NaN stays a NaN.
 FASTOPT_HD void store(BFloat16& to, float value) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
+#else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 
 // Round to nearest, ties to even: adding a power of two that aligns the last kept bit lets the addition round.
 FASTOPT_HD void store(Half& to, float value) {
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
+#else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
@@ -80,6 +93,7 @@ FASTOPT_HD void store(Half& to, float value) {
   half = magnitude >= (143u << 23) ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   to.bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 // decay * average + (1 - decay) * value, rounded relative to the larger of the two weights, as torch.lerp is.

@@ -1,18 +1,13 @@
 // Cross-entropy of one wide row (contiguous classes), block by block: each logit is read from memory once.
 #pragma once
 
-#include <algorithm>    // min
-#include <type_traits>  // conditional_t, is_same_v
+#include <algorithm>  // min
 
 #include "cpu/isa.h"
 #include "losses/cross_entropy.h"
 #include "math/exp.h"
 
 namespace fastopt::cpu {
-
-// Float16 cannot hold a gradient before it is multiplied by a loss scaler's factor, so it is kept in float.
-template <class S>
-using gradient_t = std::conditional_t<std::is_same_v<S, Half>, float, S>;
 
 // Logits of a block and their exponentials stay in the first-level cache.
 constexpr int64_t kRowBlock = 2048;
@@ -31,15 +26,6 @@ struct Row {
   int64_t target;
 };
 
-// q of class c but for what index targets add at t. Terms by value: through a reference the loops would not vectorise.
-template <class T, TargetKind kTarget>
-FASTOPT_HD T spread_q(TargetTerms<T> terms, int64_t c, T probability) {
-  if constexpr (kTarget == TargetKind::kIndexUniform) return terms.off;
-  if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * terms.weight[c];
-  const T q = terms.keep * probability + terms.off;
-  return kTarget == TargetKind::kProbabilityWeighted ? terms.weight[c] * q : q;
-}
-
 template <class S>
 FASTOPT_HD compute_t<S> block_max(const S* x, int64_t n) {
   using T = compute_t<S>;
@@ -56,7 +42,7 @@ FASTOPT_HD compute_t<S> block_max(const S* x, int64_t n) {
 // wanted.
 template <class S, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_HD void add_terms(const Row<S>& row, const TargetTerms<compute_t<S>> terms, int64_t first, int64_t n,
-                          RowSums& sums) {
+                          RowSums<double>& sums) {
   using T = compute_t<S>;
   const S* x = row.logits + first;
   [[maybe_unused]] const S* y = row.probabilities + (has_index(kTarget) ? 0 : first);
@@ -105,7 +91,7 @@ template <class S, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, double grad_scale) {
   using T = compute_t<S>;
   constexpr bool kHasTarget = has_index(kTarget);
-  RowSums sums{std::numeric_limits<T>::lowest()};
+  RowSums<double> sums{std::numeric_limits<T>::lowest()};
   for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
     const int64_t n = std::min(kRowBlock, row.n_classes - first);
     const T max = block_max(row.logits + first, n);

@@ -93,10 +93,11 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
   for (int64_t j = 0; j < width; ++j) {
     const bool is_kept = !kHasTarget || tile.target[j] != tile.ignore_index;
     const double q_sum = kHasTarget ? terms.spread_sum : sums.q_sum[j];
-    const RowSums row{static_cast<double>(sums.max[j]), sums.exp_sum[j], q_sum, sums.qx_sum[j]};
-    losses[j] = !is_kept ? 0.0
-                         : row_loss(row, kHasTarget ? on[j] : 0.0, kHasTarget ? target_logit[j] : T(0), kHasTarget,
-                                    kTarget != TargetKind::kIndex);
+    const RowSums<double> row{static_cast<double>(sums.max[j]), sums.exp_sum[j], q_sum, sums.qx_sum[j]};
+    losses[j] = !is_kept
+                    ? 0.0
+                    : row_loss(row, kHasTarget ? on[j] : 0.0, kHasTarget ? static_cast<double>(target_logit[j]) : 0.0,
+                               kHasTarget, kTarget != TargetKind::kIndex);
     if constexpr (kWantsGrad) {
       sums.exact_factor[j] = (grad_scale * (q_sum + (kHasTarget ? on[j] : 0.0)) / row.exp_sum);
       sums.factor[j] = static_cast<T>(sums.exact_factor[j]);

@@ -6,8 +6,9 @@
 // Class probabilities y:                        q_c = w_c ((1 - s) y_c + s / C)
 #pragma once
 
-#include <cmath>   // log
-#include <limits>  // numeric_limits
+#include <cmath>        // exp, log
+#include <limits>       // numeric_limits
+#include <type_traits>  // conditional_t, is_same_v
 
 #include "common.h"
 
@@ -23,8 +24,12 @@ constexpr bool has_index(TargetKind kind) { return kind <= TargetKind::kIndexWei
 struct LogitLayout {
   int64_t n_outer, n_classes, n_inner;
   int64_t outer_stride, class_stride;
-  bool is_rows() const { return n_inner == 1 && class_stride == 1; }
+  FASTOPT_HD bool is_rows() const { return n_inner == 1 && class_stride == 1; }
 };
+
+// Float16 cannot hold a gradient before it is multiplied by a loss scaler's factor, so it is kept in float.
+template <class S>
+using gradient_t = std::conditional_t<std::is_same_v<S, Half>, float, S>;
 
 struct CrossEntropyProblem {
   DType dtype;  // of logits, probabilities and losses
@@ -42,7 +47,7 @@ struct CrossEntropyProblem {
   double grad_scale;
   void* losses;  // of each position, or null
 
-  TargetKind kind() const {
+  FASTOPT_HD TargetKind kind() const {
     if (probabilities) return weight ? TargetKind::kProbabilityWeighted : TargetKind::kProbability;
     if (label_smoothing == 0) return TargetKind::kIndex;
     return weight ? TargetKind::kIndexWeighted : TargetKind::kIndexUniform;
@@ -59,15 +64,26 @@ struct TargetTerms {
   const T* weight;    // of each class, or null
 };
 
-// The running maximum, and what is summed relative to it. Sums are kept in double; blocks of them come from the loops.
+// q of class c but for what index targets add at t. Terms by value: through a reference the loops would not vectorise.
+template <class T, TargetKind kTarget>
+FASTOPT_HD T spread_q(TargetTerms<T> terms, int64_t c, T probability) {
+  if constexpr (kTarget == TargetKind::kIndexUniform) return terms.off;
+  if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * terms.weight[c];
+  const T q = terms.keep * probability + terms.off;
+  return kTarget == TargetKind::kProbabilityWeighted ? terms.weight[c] * q : q;
+}
+
+// The running maximum, and what is summed relative to it. The CPU keeps sums in double and adds blocks of them; a GPU's
+// many threads keep short ones in the compute type.
+template <class A>
 struct RowSums {
   // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
-  double max;
-  double exp_sum = 0;  // sum exp(x - max)
-  double q_sum = 0;    // sum q
-  double qx_sum = 0;   // sum q (x - max)
+  A max;
+  A exp_sum = 0;  // sum exp(x - max)
+  A q_sum = 0;    // sum q
+  A qx_sum = 0;   // sum q (x - max)
 
-  FASTOPT_HD void rebase(double new_max) {
+  FASTOPT_HD void rebase(A new_max) {
     exp_sum *= std::exp(max - new_max);
     if (q_sum != 0) qx_sum += q_sum * (max - new_max);  // not 0 times the infinity that leaving the lowest number gives
     max = new_max;
@@ -75,9 +91,10 @@ struct RowSums {
 };
 
 // The loss of a row: `on` at the target, and the sums' q spread over the classes.
-FASTOPT_HD double row_loss(const RowSums& sums, double on, double target_logit, bool has_target, bool has_spread) {
-  const double log_sum = std::log(sums.exp_sum);
-  double loss = 0;
+template <class A>
+FASTOPT_HD A row_loss(const RowSums<A>& sums, A on, A target_logit, bool has_target, bool has_spread) {
+  const A log_sum = std::log(sums.exp_sum);
+  A loss = 0;
   // Differences of logits first: a shift common to all logits must not change the loss.
   if (has_target) loss += on * (log_sum - (target_logit - sums.max));
   if (has_spread) loss += sums.q_sum * log_sum - sums.qx_sum;

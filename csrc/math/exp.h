@@ -11,6 +11,9 @@ namespace fastopt {
 // n and leaves n in the low bits. log 2 is split so that n times its first part is exact (Cody & Waite, 1980). e^r is
 // 1 + r + r^2 q(r) with q interpolated at the Chebyshev nodes; its relative error is 1.0e-8 and 1.7e-17.
 FASTOPT_HD float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);  // CUDA's own: 1 unit in the last place, in fewer instructions
+#else
   const float shifted = x * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -23,9 +26,13 @@ FASTOPT_HD float exp_nonpositive(float x) {
   // A product, not an addition to the exponent bits, so that a NaN stays a NaN.
   const float result = (r * r * q + r + 1.0f) * power;
   return x < -87.33654f ? 0.0f : result;
+#endif
 }
 
 FASTOPT_HD double exp_nonpositive(double x) {
+#if defined(__CUDA_ARCH__)
+  return exp(x);
+#else
   const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
   const double n = shifted - 6755399441055744.0;
   const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
@@ -42,6 +49,19 @@ FASTOPT_HD double exp_nonpositive(double x) {
   const double power = bit_cast<double>((bit_cast<uint64_t>(shifted) << 52) + 0x3ff0000000000000ull);
   const double result = (r * r * q + r + 1.0) * power;
   return x < -708.3964185322641 ? 0.0 : result;
+#endif
+}
+
+// The same for logits of 16 bits, whose gradient is rounded to 2^-9 or 2^-12 in any case: a GPU has an instruction for
+// 2^x, within 2^-22; the error of x log2(e) adds |x| 2^-24.
+FASTOPT_HD float exp_nonpositive_coarse(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  return result;
+#else
+  return exp_nonpositive(x);
+#endif
 }
 
 }  // namespace fastopt

@@ -2,7 +2,7 @@
 // (Loshchilov & Hutter, 2019), with epsilon outside the root as in torch.optim.Adam.
 #pragma once
 
-#include <cmath>  // pow, sqrt
+#include <cmath>  // expm1, log, sqrt
 
 #include "common.h"
 
@@ -17,15 +17,17 @@ struct AdamOptions {
 template <class T, bool kAmsgrad>
 struct Adam {
   using Real = T;
+  using Options = AdamOptions;
   static constexpr int kStates = 2 + kAmsgrad;
   T step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
   bool has_l2_decay, has_decoupled_decay;
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
   // (lr / c1) m / (sqrt(v / c2) + eps) = (lr sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)), one division instead of two.
-  static Adam at_step(const AdamOptions& o, double step) {
-    const double bias_correction1 = 1 - std::pow(o.beta1, step);
-    const double bias_correction2_sqrt = std::sqrt(1 - std::pow(o.beta2, step));
+  FASTOPT_HD static Adam at_step(const AdamOptions& o, double step) {
+    // 1 - beta^t without cancellation; log 0 is -inf, and beta = 0 gives 1.
+    const double bias_correction1 = -std::expm1(step * std::log(o.beta1));
+    const double bias_correction2_sqrt = std::sqrt(-std::expm1(step * std::log(o.beta2)));
     const bool has_decay = o.weight_decay != 0;
     return {T(o.lr * bias_correction2_sqrt / bias_correction1),
             T(o.beta1),

@@ -16,11 +16,12 @@ struct RmsPropOptions {
 template <class T, bool kMomentum, bool kCentered>
 struct RmsProp {
   using Real = T;
+  using Options = RmsPropOptions;
   static constexpr int kStates = 1 + kMomentum + kCentered;
   T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign;
   bool has_weight_decay;
 
-  static RmsProp at_step(const RmsPropOptions& o, double /*step*/) {
+  FASTOPT_HD static RmsProp at_step(const RmsPropOptions& o, double /*step*/) {
     return {T(o.lr),           T(o.alpha),    T(1 - o.alpha),         T(o.eps),
             T(o.weight_decay), T(o.momentum), T(o.maximize ? -1 : 1), o.weight_decay != 0};
   }

@@ -54,18 +54,31 @@ FASTOPT_RULES(FASTOPT_RULE_ID_OF)
 constexpr int kMaxStates = 3;
 constexpr int kMaxRuleBytes = 96;
 
-// A finished rule of one step, as bytes: float for all stored types but double.
+// A rule of one step, as bytes: float for all stored types but double. Finished; or, where the step's count or lr lies
+// on a GPU, the rule's Options, for the kernel to finish.
 struct RuleValue {
   RuleId id;
   int32_t n_states;
   alignas(16) char bytes[kMaxRuleBytes];
+  bool is_finished;
+  DType lr_dtype;
+  const void* lr;  // on the GPU, or null: the lr in Options
+  double step;     // this step's count, for tensors whose count does not lie on the GPU
 
   template <class Rule>
   static RuleValue of(const Rule& rule) {
     static_assert(sizeof(Rule) <= kMaxRuleBytes, "a rule's constants must fit");
     static_assert(Rule::kStates <= kMaxStates, "a rule's states must fit");
-    RuleValue value{rule_id(rule), Rule::kStates, {}};
+    RuleValue value{rule_id(rule), Rule::kStates, {}, true, DType::kFloat32, nullptr, 0};
     memcpy(value.bytes, &rule, sizeof(Rule));
+    return value;
+  }
+
+  template <class Rule>
+  static RuleValue unfinished(const typename Rule::Options& options, double step, const void* lr, DType lr_dtype) {
+    static_assert(sizeof(options) <= kMaxRuleBytes, "a rule's options must fit");
+    RuleValue value{rule_id(Rule{}), Rule::kStates, {}, false, lr_dtype, lr, step};
+    memcpy(value.bytes, &options, sizeof(options));
     return value;
   }
 };
@@ -75,9 +88,12 @@ struct Slab {
   void* param;
   const void* grad;
   void* state[kMaxStates];
+  void* step;  // its count of steps, where the kernel counts it up, or null
   int64_t numel;
-  int32_t rule;  // index into the step's RuleValues
-  DType dtype;   // of parameter, gradient and states
+  int32_t rule;       // index into the step's RuleValues
+  DType dtype;        // of parameter and gradient
+  DType state_dtype;  // of all states; on the CPU the parameter's
+  bool is_step_double;
 };
 
 }  // namespace fastopt

@@ -13,11 +13,12 @@ struct SgdOptions {
 template <class T>
 struct Sgd {
   using Real = T;
+  using Options = SgdOptions;
   static constexpr int kStates = 0;
   T lr, weight_decay, sign;
   bool has_weight_decay;
 
-  static Sgd at_step(const SgdOptions& o, double /*step*/) {
+  FASTOPT_HD static Sgd at_step(const SgdOptions& o, double /*step*/) {
     return {T(o.lr), T(o.weight_decay), T(o.maximize ? -1 : 1), o.weight_decay != 0};
   }
 
@@ -33,11 +34,12 @@ struct Sgd {
 template <class T, bool kNesterov>
 struct SgdMomentum {
   using Real = T;
+  using Options = SgdOptions;
   static constexpr int kStates = 1;
   T lr, weight_decay, sign, momentum, grad_scale;
   bool has_weight_decay, is_first;
 
-  static SgdMomentum at_step(const SgdOptions& o, double step) {
+  FASTOPT_HD static SgdMomentum at_step(const SgdOptions& o, double step) {
     const bool is_first = step == 1;
     return {T(o.lr),
             T(o.weight_decay),

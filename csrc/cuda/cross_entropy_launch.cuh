@@ -1,0 +1,55 @@
+// Launches the kernels of a cross-entropy as its plan says; compiled for each stored type in a file of its own.
+#pragma once
+
+#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy_positions.cuh"
+
+namespace fastopt::cuda {
+
+constexpr int kPrepareThreads = 1024;
+constexpr int kMaxUnaskedSharedBytes = 48 << 10;  // beyond, a kernel must be told
+
+template <class Kernel>
+int launch_kernel(Kernel kernel, const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
+  if (plan.shared_bytes > kMaxUnaskedSharedBytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  FASTOPT_LAUNCH(kernel, plan.n_blocks, plan.n_threads, plan.shared_bytes, stream, work);
+  return cudaGetLastError();
+}
+
+template <class S, bool kIsIndex>
+int launch_rows(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
+  switch (plan.road) {
+    case Road::kPositions: return launch_kernel(cross_entropy_positions<S, kIsIndex>, plan, work, stream);
+    case Road::kWarpRows: return launch_kernel(cross_entropy_warp_rows<S, kIsIndex>, plan, work, stream);
+    case Road::kBlockRows: return launch_kernel(cross_entropy_block_rows<S, kIsIndex>, plan, work, stream);
+    case Road::kSplitRows: break;
+  }
+  const int error = launch_kernel(cross_entropy_split_sums<S, kIsIndex>, plan, work, stream);
+  if (error != cudaSuccess) return error;
+  return launch_kernel(cross_entropy_split_rows<S, kIsIndex>, plan, work, stream);
+}
+
+template <class S>
+int launch_cross_entropy(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
+  if (plan.n_tallies > 0) {
+    FASTOPT_LAUNCH(tally_kernel<S>, plan.n_tallies, kPrepareThreads, 0, stream, work);
+    if (const int error = cudaGetLastError()) return error;
+  }
+  if (work.totals) {
+    FASTOPT_LAUNCH(prepare_kernel<S>, 1, kPrepareThreads, 0, stream, work);
+    if (const int error = cudaGetLastError()) return error;
+  }
+  if (work.problem.kind() == TargetKind::kIndex) return launch_rows<S, true>(plan, work, stream);
+  return launch_rows<S, false>(plan, work, stream);
+}
+
+extern template int launch_cross_entropy<double>(const CrossEntropyPlan&, const CrossEntropyWork&, cudaStream_t);
+extern template int launch_cross_entropy<float>(const CrossEntropyPlan&, const CrossEntropyWork&, cudaStream_t);
+extern template int launch_cross_entropy<BFloat16>(const CrossEntropyPlan&, const CrossEntropyWork&, cudaStream_t);
+extern template int launch_cross_entropy<Half>(const CrossEntropyPlan&, const CrossEntropyWork&, cudaStream_t);
+
+}  // namespace fastopt::cuda

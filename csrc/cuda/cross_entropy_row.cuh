@@ -1,0 +1,258 @@
+// Cross-entropy of one row by a group of threads: how they divide its classes, and what each sums.
+#pragma once
+
+#include "cuda/library.h"
+#include "cuda/pack.h"
+#include "cuda/reduce.cuh"
+#include "math/exp.h"
+
+namespace fastopt::cuda {
+
+// Packs a thread has in flight: what registers hold.
+template <class S, bool kIsIndex>
+constexpr int kPacksInFlight = kIsIndex && sizeof(S) < 8 ? 4 : 2;
+
+template <class S>
+__device__ __forceinline__ compute_t<S> exp_of(compute_t<S> x) {
+  if constexpr (sizeof(S) == 2) {
+    return exp_nonpositive_coarse(x);
+  } else {
+    return exp_nonpositive(x);
+  }
+}
+
+// A stretch of a row. Its logits are walked in packs of 16 bytes between those before the first boundary and after the
+// last; `first_class` is the class of its first logit. Other arrays are read and written in packs where they have the
+// same boundaries.
+template <class S>
+struct Stretch {
+  using T = compute_t<S>;
+  using G = gradient_t<S>;
+  static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(S));
+  const S* logits;
+  const S* probabilities;  // or null
+  G* grad;                 // or null
+  S* stage;                // shared memory for the logits, or null; as far from a boundary as they are
+  int64_t n, first_class;
+
+  __device__ __forceinline__ int64_t n_before_boundary() const {
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(logits) % kAccessBytes / sizeof(S);
+    const int64_t before = (kVector - misaligned) % kVector;
+    return before < n ? before : n;
+  }
+
+  // Calls f(first, values) for packs of this thread, first an index into the stretch, values an array
+  // [packs][elements]. All threads divide the same stretch in the same way each time, also when `from` is the stage.
+  template <class Group, int kPacks, class F>
+  __device__ __forceinline__ void for_each(const S* from, F&& f) const {
+    const int rank = Group::rank(), size = Group::size();
+    const int64_t before = n_before_boundary();
+    const int64_t n_packs = (n - before) / kVector;
+    const int64_t after = before + n_packs * kVector;
+    const auto single = [&](int64_t i) {
+      const S value[1][1] = {{from[i]}};
+      f(&i, value);
+    };
+    if (rank < before) single(rank);
+    const S* body = from + before;
+    int64_t pack = rank;
+    for (; pack + (kPacks - 1) * size < n_packs; pack += kPacks * size) {
+      S values[kPacks][kVector];
+      int64_t first[kPacks];
+#pragma unroll
+      for (int p = 0; p < kPacks; ++p) {
+        const int64_t offset = (pack + p * size) * kVector;
+        first[p] = before + offset;
+        const auto loaded = Pack<S, kVector>::load(body + offset);
+        memcpy(values[p], loaded.values, sizeof(loaded.values));
+      }
+      f(first, values);
+    }
+    for (; pack < n_packs; pack += size) {
+      const int64_t first = before + pack * kVector;
+      S values[1][kVector];
+      const auto loaded = Pack<S, kVector>::load(from + first);
+      memcpy(values[0], loaded.values, sizeof(loaded.values));
+      f(&first, values);
+    }
+    if (after + rank < n) single(after + rank);
+  }
+};
+
+// What q_c needs besides the probability, where it is not on the target alone.
+template <class T>
+struct Spread {
+  TargetKind kind;
+  TargetTerms<T> terms;
+
+  __device__ __forceinline__ T q(int64_t c, T probability) const {
+    switch (kind) {
+      case TargetKind::kIndexUniform: return spread_q<T, TargetKind::kIndexUniform>(terms, c, probability);
+      case TargetKind::kIndexWeighted: return spread_q<T, TargetKind::kIndexWeighted>(terms, c, probability);
+      case TargetKind::kProbability: return spread_q<T, TargetKind::kProbability>(terms, c, probability);
+      default: return spread_q<T, TargetKind::kProbabilityWeighted>(terms, c, probability);
+    }
+  }
+};
+
+// Probabilities of a pack; all loaded by one access where their boundaries are the logits'.
+template <class S, int kN>
+__device__ __forceinline__ void load_like(const S* from, bool has_same_boundaries, S (&values)[kN]) {
+  if constexpr (kN * sizeof(S) % kAccessBytes == 0) {
+    if (has_same_boundaries) {
+      const auto pack = Pack<S, kN>::load(from);
+      memcpy(values, pack.values, sizeof(values));
+      return;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kN; ++k) values[k] = from[k];
+}
+
+template <class S, int kN>
+__device__ __forceinline__ void store_like(S* to, bool has_same_boundaries, const S (&values)[kN]) {
+  if constexpr (kN * sizeof(S) % kAccessBytes == 0) {
+    if (has_same_boundaries) {
+      Pack<S, kN> pack;
+      memcpy(pack.values, values, sizeof(values));
+      pack.store(to);
+      return;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kN; ++k) to[k] = values[k];
+}
+
+// This thread's part of the sums over a stretch.
+template <class S, bool kIsIndex, class Group>
+__device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& stretch,
+                                                             const Spread<compute_t<S>>& spread) {
+  using T = compute_t<S>;
+  RowSums<T> sums{std::numeric_limits<T>::lowest()};
+  const bool has_same_boundaries =
+      !kIsIndex && stretch.probabilities && is_aligned(stretch.probabilities + stretch.n_before_boundary());
+  stretch.template for_each<Group, kPacksInFlight<S, kIsIndex>>(
+      stretch.logits, [&](const int64_t* first, const auto& values) {
+        constexpr int kPacks = sizeof(values) / sizeof(values[0]);
+        constexpr int kN = sizeof(values[0]) / sizeof(S);
+        T max = load(values[0][0]);
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) {
+          if (stretch.stage) store_like(stretch.stage + first[p], true, values[p]);
+#pragma unroll
+          for (int k = 0; k < kN; ++k) {
+            const T x = load(values[p][k]);
+            max = x > max ? x : max;
+          }
+        }
+        if (max > sums.max) sums.rebase(max);
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) {
+          [[maybe_unused]] S probabilities[kN];
+          if constexpr (!kIsIndex) {
+            if (stretch.probabilities) load_like(stretch.probabilities + first[p], has_same_boundaries, probabilities);
+          }
+#pragma unroll
+          for (int k = 0; k < kN; ++k) {
+            const T shifted = load(values[p][k]) - sums.max;
+            sums.exp_sum += exp_of<S>(shifted);
+            if constexpr (!kIsIndex) {
+              const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
+              const T q = spread.q(stretch.first_class + first[p] + k, probability);
+              sums.q_sum += q;
+              sums.qx_sum += q * shifted;
+            }
+          }
+        }
+      });
+  return sums;
+}
+
+// Adds sums that are relative to another maximum.
+template <class A>
+__device__ __forceinline__ void add(RowSums<A>& to, RowSums<A> from) {
+  const A max = from.max > to.max ? from.max : to.max;
+  from.rebase(max);
+  to.rebase(max);
+  to.exp_sum += from.exp_sum;
+  to.q_sum += from.q_sum;
+  to.qx_sum += from.qx_sum;
+}
+
+// The group's sums from those of its threads.
+template <bool kIsIndex, class Group, class T>
+__device__ __forceinline__ RowSums<T> merge(RowSums<T> sums) {
+  sums.rebase(Group::max(sums.max));
+  sums.exp_sum = Group::sum(sums.exp_sum);
+  if constexpr (!kIsIndex) {
+    sums.q_sum = Group::sum(sums.q_sum);
+    sums.qx_sum = Group::sum(sums.qx_sum);
+  }
+  return sums;
+}
+
+// What turns a row's logits into its gradient: factor exp(x - max) - scale q.
+template <class T>
+struct GradientOf {
+  T max, factor, scale, on;
+  int64_t target;  // -1: none
+};
+
+template <class S, bool kIsIndex, class Group>
+__device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const Spread<compute_t<S>>& spread,
+                                               const GradientOf<compute_t<S>>& of) {
+  using T = compute_t<S>;
+  using G = gradient_t<S>;
+  const int64_t before = stretch.n_before_boundary();
+  const bool aligned_grad = is_aligned(stretch.grad + before);
+  const bool aligned_probabilities = !kIsIndex && stretch.probabilities && is_aligned(stretch.probabilities + before);
+  const T on = of.scale * of.on;
+  const auto write = [&](const int64_t* first, const auto& values) {
+    constexpr int kPacks = sizeof(values) / sizeof(values[0]);
+    constexpr int kN = sizeof(values[0]) / sizeof(S);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      [[maybe_unused]] S probabilities[kN];
+      if constexpr (!kIsIndex) {
+        if (stretch.probabilities) load_like(stretch.probabilities + first[p], aligned_probabilities, probabilities);
+      }
+      const int64_t to_target = of.target - stretch.first_class - first[p];
+      const int target = to_target >= 0 && to_target < kN ? static_cast<int>(to_target) : -1;
+      G grads[kN];
+#pragma unroll
+      for (int k = 0; k < kN; ++k) {
+        T value = of.factor * exp_of<S>(load(values[p][k]) - of.max);
+        if constexpr (!kIsIndex) {
+          const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
+          value -= of.scale * spread.q(stretch.first_class + first[p] + k, probability);
+        }
+        value -= k == target ? on : T(0);
+        store(grads[k], value);
+      }
+      store_like(stretch.grad + first[p], aligned_grad, grads);
+    }
+  };
+  stretch.template for_each<Group, kPacksInFlight<S, kIsIndex>>(stretch.stage ? stretch.stage : stretch.logits, write);
+}
+
+// A row that has no target (0), or a bad one (NaN).
+template <class S, class Group>
+__device__ __forceinline__ void fill_gradient(const Stretch<S>& stretch, compute_t<S> value) {
+  using G = gradient_t<S>;
+  constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(G));
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(stretch.grad) % kAccessBytes / sizeof(G);
+  const int64_t to_boundary = (kVector - misaligned) % kVector;
+  const int64_t before = to_boundary < stretch.n ? to_boundary : stretch.n;
+  const int64_t after = stretch.n - (stretch.n - before) % kVector;
+  Pack<G, kVector> pack;
+#pragma unroll
+  for (int k = 0; k < kVector; ++k) store(pack.values[k], value);
+  const int rank = Group::rank();
+  if (rank < before) stretch.grad[rank] = pack.values[0];
+  for (int64_t i = before + static_cast<int64_t>(rank) * kVector; i < after; i += Group::size() * kVector) {
+    pack.store(stretch.grad + i);
+  }
+  if (after + rank < stretch.n) stretch.grad[after + rank] = pack.values[0];
+}
+
+}  // namespace fastopt::cuda

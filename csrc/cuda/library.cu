@@ -1,0 +1,69 @@
+// The library's one exported function.
+#include "cuda/library.h"
+
+#include "cuda/cross_entropy.h"
+#include "cuda/device.h"
+#include "cuda/scale.h"
+#include "cuda/update.h"
+
+// Numbers of the architectures that this build holds, named by whoever calls the compiler.
+#ifndef FASTOPT_CUDA_ARCHITECTURES
+#define FASTOPT_CUDA_ARCHITECTURES ""
+#endif
+
+namespace fastopt::cuda {
+namespace {
+
+cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
+
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+int probe() {
+  int n_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  cudaGetLastError();  // an error here is an answer, not the next launch's
+  return error != cudaSuccess ? error : n_devices > 0 ? cudaSuccess : cudaErrorNoDevice;
+}
+
+int is_capturing(Stream stream, bool* is_capturing) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  const cudaError_t error = cudaStreamIsCapturing(native(stream), &status);
+  *is_capturing = status != cudaStreamCaptureStatusNone;
+  return error;
+}
+
+int multiprocessors(int* count) {
+  Device device;
+  const int error = current_device(&device);
+  *count = device.n_multiprocessors;
+  return error;
+}
+
+const Library kLibrary{
+    kInterfaceVersion,
+#ifdef FASTOPT_CUDA_HOST_SHIM
+    true,
+#else
+    false,
+#endif
+    FASTOPT_CUDA_ARCHITECTURES,
+    error_text,
+    probe,
+    is_capturing,
+    multiprocessors,
+    [](const Update& update, Stream stream) { return launch(update, native(stream)); },
+    workspace_bytes,
+    [](const CrossEntropy& call, Stream stream) { return launch(call, native(stream)); },
+    [](const Scale& scale, Stream stream) { return launch(scale, native(stream)); },
+};
+
+}  // namespace
+}  // namespace fastopt::cuda
+
+#if defined(_WIN32)
+#define FASTOPT_EXPORT __declspec(dllexport)
+#else
+#define FASTOPT_EXPORT __attribute__((visibility("default")))
+#endif
+
+extern "C" FASTOPT_EXPORT const fastopt::cuda::Library* fastopt_cuda_library() { return &fastopt::cuda::kLibrary; }
