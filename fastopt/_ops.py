@@ -115,14 +115,22 @@ def define():
 
 def _until_loaded(operator):
     """What runs while the tensors' device has no kernel: look for the library once, then the reference."""
-    looked = False
+    looked_for = set()  # device types
 
     def call(*args, **kwargs):
-        nonlocal looked
-        if not looked and not torch.compiler.is_compiling():
-            looked = True
-            if _native.module() is not None:
+        device = _device_type(args)
+        if device not in looked_for and not torch.compiler.is_compiling():
+            looked_for.add(device)
+            if _native.module() is not None and (device == "cpu" or (device == "cuda" and _native.cuda())):
                 return getattr(torch.ops.fastopt, operator.name)(*args, **kwargs)
         return operator.reference(*args, **kwargs)
 
     return call
+
+
+def _device_type(args):
+    """Of the first tensor, or of the first in a list."""
+    first = args[0] if args else None
+    if isinstance(first, (list, tuple)):
+        first = first[0] if first else None
+    return first.device.type if isinstance(first, torch.Tensor) else "cpu"

@@ -1,4 +1,4 @@
-// What all glue shares: which tensors kernels take, the thread pool, and counts of what ran.
+// What all glue shares: which tensors kernels take and where, the thread pool, and counts of what ran.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -12,12 +12,35 @@
 
 namespace fastopt {
 
-// Keys of an ordinary strided CPU tensor. A lazy negation, a subclass with its own dispatch, a functional wrapper, a
+// Keys of an ordinary strided tensor. A lazy negation, a subclass with its own dispatch, a functional wrapper, a
 // batched or quantised tensor has others, and is not for a kernel that reads raw memory.
-inline bool is_plain_cpu(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet plain({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
-                                       c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  return (tensor.key_set() | plain) == plain;
+constexpr c10::DispatchKeySet kPlainCpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                         c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+constexpr c10::DispatchKeySet kPlainCuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                          c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
+
+inline bool is_plain_cpu(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCpu) == kPlainCpu; }
+inline bool is_plain_cuda(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCuda) == kPlainCuda; }
+
+// Whose kernels take a tensor.
+enum class Backend : int8_t { kNone, kCpu, kCuda };
+
+// Set by torch/cuda_library.cpp: which tensors the CUDA library takes, if there is one.
+struct CudaService {
+  std::atomic<bool> takes_cuda{false};
+  std::atomic<bool> takes_cpu{false};  // in tests: the library runs on the CPU
+};
+inline CudaService& cuda_service() {
+  static CudaService service;
+  return service;
+}
+
+inline Backend backend_of(const at::Tensor& tensor) {
+  if (is_plain_cpu(tensor)) {
+    return cuda_service().takes_cpu.load(std::memory_order_relaxed) ? Backend::kCuda : Backend::kCpu;
+  }
+  if (is_plain_cuda(tensor) && cuda_service().takes_cuda.load(std::memory_order_relaxed)) return Backend::kCuda;
+  return Backend::kNone;
 }
 
 inline std::optional<DType> dtype_of(const at::Tensor& tensor) {
@@ -66,6 +89,7 @@ inline cpu::Threads torch_threads() {
 struct KernelCalls {
   std::atomic<int64_t> update{0};
   std::atomic<int64_t> cross_entropy{0};
+  std::atomic<int64_t> cuda{0};  // of both, those that the CUDA library took
 };
 inline KernelCalls& kernel_calls() {
   static KernelCalls calls;

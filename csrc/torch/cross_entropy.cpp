@@ -16,7 +16,9 @@
 #include <type_traits>  // is_same_v
 
 #include "torch/context.h"
+#include "torch/cross_entropy_cuda.h"
 #include "torch/cross_entropy_kernel.h"
+#include "torch/operators.h"
 
 namespace fastopt {
 namespace {
@@ -34,11 +36,11 @@ at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target
   return at::cross_entropy_loss_symint(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
 }
 
-// --- The operators' kernels on the CPU ---------------------------------------------------------------------------
+// --- The operators' kernels ----------------------------------------------------------------------------------------
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& input, const at::Tensor& target,
-                                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                               double label_smoothing, bool wants_grad) {
+std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const at::Tensor& target,
+                                                  const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                  double label_smoothing, bool wants_grad) {
   auto [loss, grad] =
       cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, wants_grad);
   if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
@@ -47,6 +49,10 @@ std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& input, const at
 
 // Multiplies the gradient of the loss by the loss's own gradient: a number, or one for each position.
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
+  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
+  if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
+    return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
+  }
   at::Tensor factor = grad_output;
   if (grad_output.dim() > 0 || grad.dim() == 1) factor = grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1);
   if (const auto value = number_in(grad_output); value == 1.0) {
@@ -57,7 +63,7 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
   return (grad.scalar_type() == dtype ? at::mul(grad, factor) : at::mul(grad, factor.to(grad.scalar_type()))).to(dtype);
 }
 
-at::Tensor backward_cpu(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
+at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
   return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
 }
 
@@ -118,7 +124,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
 
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     const at::Tensor saved = grad.unpack();
-    const bool is_traced = !is_plain || !is_plain_cpu(grad_output);
+    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone;
     const at::Tensor logits = is_traced ? input.unpack() : at::Tensor();
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(grad_output, saved, logits)};
@@ -157,7 +163,7 @@ bool needs_composite(const at::Tensor& input) {
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const bool is_plain = is_plain_cpu(input);
+  const bool is_plain = backend_of(input) != Backend::kNone;
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
                                         label_smoothing};
@@ -191,8 +197,8 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
   return loss;
 }
 
-at::Tensor cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                             int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
   const CrossEntropyArguments arguments{
       input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing};
   if (!kernel_takes(arguments)) {
@@ -204,38 +210,44 @@ at::Tensor cross_entropy_cpu(const at::Tensor& input, const at::Tensor& target, 
 // The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it.
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  constexpr c10::DispatchKeySet quiet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU,
-                                       c10::DispatchKey::CPU, c10::DispatchKey::AutocastCPU});
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  if (is_plain_cpu(input) && is_plain_cpu(target) && (tls.included_ | quiet) == quiet &&
-      !at::autocast::is_autocast_enabled(at::kCPU)) {
+  const auto is_quiet = [&](c10::DispatchKeySet plain) { return (tls.included_ | plain) == plain; };
+  const bool is_cpu = is_plain_cpu(input);
+  if (backend_of(input) != Backend::kNone && is_quiet(is_cpu ? kPlainCpu : kPlainCuda) &&
+      !at::autocast::is_autocast_enabled(is_cpu ? at::kCPU : at::kCUDA)) {
     return cross_entropy_autograd(input, target, weight, reduction, ignore_index, label_smoothing);
   }
   return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
 }
 
 // Under autocast losses compute in float32, as torch's does.
+template <c10::DeviceType kDevice, c10::DispatchKey kAutocast>
 at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
-  const auto widened = [](const at::Tensor& tensor) {
-    return at::autocast::cached_cast(at::kFloat, tensor, c10::DeviceType::CPU);
-  };
+  const c10::impl::ExcludeDispatchKeyGuard guard(kAutocast);
+  const auto widened = [](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, kDevice); };
   const OptionalTensor wide_weight = pointer_to(weight) ? OptionalTensor(widened(*weight)) : std::nullopt;
   return call_cross_entropy(widened(input), widened(target), wide_weight, reduction, std::move(ignore_index),
                             label_smoothing);
 }
 
-TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) { library.impl("cross_entropy", cross_entropy_autocast); }
-TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
-  library.impl("cross_entropy", cross_entropy_cpu);
-  library.impl("cross_entropy_forward", forward_cpu);
-  library.impl("cross_entropy_backward", backward_cpu);
+TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) {
+  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
 }
+TORCH_LIBRARY_IMPL(fastopt, AutocastCUDA, library) {
+  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+TORCH_LIBRARY_IMPL(fastopt, CPU, library) { implement_cross_entropy(library); }
 TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", cross_entropy_autograd); }
 TORCH_LIBRARY_IMPL(fastopt, FuncTorchBatched, library) { library.impl("cross_entropy", torch_cross_entropy); }
 
 }  // namespace
+
+void implement_cross_entropy(torch::Library& library) {
+  library.impl("cross_entropy", cross_entropy_plain);
+  library.impl("cross_entropy_forward", forward_kernel);
+  library.impl("cross_entropy_backward", backward_kernel);
+}
 
 void bind_cross_entropy(pybind11::module_& module) { module.def("cross_entropy", &cross_entropy_eager); }
 

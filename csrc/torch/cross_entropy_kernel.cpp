@@ -1,12 +1,14 @@
 #include "torch/cross_entropy_kernel.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <limits>       // numeric_limits
 #include <type_traits>  // conditional_t
 
 #include "cpu/cross_entropy.h"
 #include "torch/context.h"
+#include "torch/cross_entropy_cuda.h"
 #include "torch/huge_pages.h"
 
 namespace fastopt {
@@ -81,6 +83,12 @@ c10::SmallVector<int64_t, 6> strides_if_contiguous(at::IntArrayRef sizes) {
   return strides;
 }
 
+// Memory for an array of the size of the logits.
+at::Tensor empty_like_logits(const at::Tensor& logits, at::IntArrayRef strides, at::ScalarType dtype) {
+  if (logits.is_cpu()) return empty_on_huge_pages(logits.sizes(), strides, dtype);
+  return at::empty_strided(logits.sizes(), strides, logits.options().requires_grad(false).dtype(dtype));
+}
+
 bool is_dense(const at::Tensor& tensor) { return tensor.is_contiguous() || tensor.is_non_overlapping_and_dense(); }
 
 }  // namespace
@@ -88,13 +96,14 @@ bool is_dense(const at::Tensor& tensor) { return tensor.is_contiguous() || tenso
 bool fits_kernel(const CrossEntropyArguments& a) {
   const at::Tensor& input = a.input;
   const at::Tensor& target = a.target;
-  if (!input.device().is_cpu() || !target.device().is_cpu() || !dtype_of(input)) return false;
+  const bool has_device = input.device().is_cpu() || (input.device().is_cuda() && cuda_service().takes_cuda);
+  if (!has_device || target.device() != input.device() || !dtype_of(input)) return false;
   if (input.dim() < 1 || input.sym_numel() == 0 || a.reduction < 0 || a.reduction > 2) return false;
   if (!(a.label_smoothing >= 0 && a.label_smoothing <= 1)) return false;
   const int64_t dim = class_dim(input.dim());
   if (a.weight) {
     const at::Tensor& weight = *a.weight;
-    if (!weight.device().is_cpu() || weight.scalar_type() != input.scalar_type() || weight.requires_grad())
+    if (weight.device() != input.device() || weight.scalar_type() != input.scalar_type() || weight.requires_grad())
       return false;
     if (weight.dim() != 1 || weight.sym_size(0) != input.sym_size(dim)) return false;
   }
@@ -110,13 +119,16 @@ bool fits_kernel(const CrossEntropyArguments& a) {
 }
 
 bool kernel_takes(const CrossEntropyArguments& a) {
-  return is_plain_cpu(a.input) && is_plain_cpu(a.target) && (!a.weight || is_plain_cpu(*a.weight)) && fits_kernel(a);
+  const Backend backend = backend_of(a.input);
+  return backend != Backend::kNone && backend_of(a.target) == backend &&
+         (!a.weight || backend_of(*a.weight) == backend) && fits_kernel(a);
 }
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, bool wants_grad) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
   const bool has_indices = a.target.scalar_type() == at::kLong;
   const bool is_half = a.input.scalar_type() == at::kHalf;
+  const bool is_cuda = backend_of(a.input) == Backend::kCuda;
   const auto compute_type = a.input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   CrossEntropyProblem problem{};
   problem.dtype = *dtype_of(a.input);
@@ -138,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   problem.logits = input.const_data_ptr();
   at::Tensor grad;
   if (wants_grad) {
-    grad = empty_on_huge_pages(input.sizes(), strides, is_half ? at::kFloat : input.scalar_type());
+    grad = empty_like_logits(input, strides, is_half ? at::kFloat : input.scalar_type());
     problem.grad_layout = *dense_layout;
     problem.grad = grad.mutable_data_ptr();
   }
@@ -154,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     if (target_layout && same_kind(*target_layout, *layout)) {
       problem.probabilities_layout = *target_layout;
     } else {
-      target = empty_on_huge_pages(input.sizes(), strides, input.scalar_type()).copy_(a.target);
+      target = empty_like_logits(input, strides, input.scalar_type()).copy_(a.target);
     }
     problem.probabilities = target.const_data_ptr();
   }
@@ -164,6 +176,13 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     weight = a.weight->is_contiguous() ? *a.weight : a.weight->contiguous();
     if (weight.scalar_type() != compute_type) weight = weight.to(compute_type);
     problem.weight = weight.const_data_ptr();
+  }
+  const auto loss_sizes = positions_of(a.input.sizes(), a.input.strides()).sizes;
+  if (is_cuda) {
+    ++kernel_calls().cross_entropy;
+    return {cross_entropy_cuda(a, problem, loss_sizes), grad};
+  }
+  if (a.weight) {
     problem.weight_sum = 0;
     with_bool(compute_type == at::kDouble, [&](auto is_double) {
       using T = std::conditional_t<decltype(is_double)::value, double, float>;
@@ -187,8 +206,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   at::Tensor loss;
   const auto options = a.input.options().requires_grad(false);
   if (a.reduction == at::Reduction::None) {
-    c10::SmallVector<int64_t, 6> sizes = positions_of(a.input.sizes(), a.input.strides()).sizes;
-    loss = at::empty(sizes, options);
+    loss = at::empty(loss_sizes, options);
     problem.losses = loss.mutable_data_ptr();
     cpu::cross_entropy(problem, threads);
   } else {

@@ -7,13 +7,23 @@
 
 namespace fastopt {
 
-// Reads hyper-parameters by name; a source is a param group or the arguments of an operator.
-// A family's read() returns false where a value is of a kind that only torch's own step understands.
+// A family's read() takes its hyper-parameters from a param group by name. It returns false where a value is of a kind
+// that only torch's own step understands.
+
+// The count of a step, and what only a GPU knows of it.
+struct StepCount {
+  double count;
+  bool is_on_device;  // the count, or lr
+  const void* lr;     // on the device, or null
+  DType lr_dtype;
+  StepCount(double count) : count(count), is_on_device(false), lr(nullptr), lr_dtype(DType::kFloat32) {}
+};
 
 template <class Rule32, class Rule64, class Options>
-RuleValue make_rule(DType dtype, const Options& options, double step) {
-  if (dtype == DType::kFloat64) return RuleValue::of(Rule64::at_step(options, step));
-  return RuleValue::of(Rule32::at_step(options, step));
+RuleValue make_rule(DType dtype, const Options& options, const StepCount& step) {
+  if (step.is_on_device) return RuleValue::unfinished<Rule32>(options, step.count, step.lr, step.lr_dtype);
+  if (dtype == DType::kFloat64) return RuleValue::of(Rule64::at_step(options, step.count));
+  return RuleValue::of(Rule32::at_step(options, step.count));
 }
 
 struct SgdFamily {
@@ -26,12 +36,12 @@ struct SgdFamily {
 
   template <class Source>
   static bool read(Source& source, Options& o) {
-    return source.number("lr", o.lr) && source.number("momentum", o.momentum) &&
-           source.number("dampening", o.dampening) && source.number("weight_decay", o.weight_decay) &&
-           source.flag("nesterov", o.nesterov) && source.flag("maximize", o.maximize);
+    return source.lr(o.lr) && source.number("momentum", o.momentum) && source.number("dampening", o.dampening) &&
+           source.number("weight_decay", o.weight_decay) && source.flag("nesterov", o.nesterov) &&
+           source.flag("maximize", o.maximize);
   }
   static bool uses_state(const Options& o, int /*state*/) { return o.momentum != 0; }
-  static RuleValue rule(DType dtype, const Options& o, double step) {
+  static RuleValue rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.momentum == 0) return make_rule<Sgd<float>, Sgd<double>>(dtype, o, step);
     if (o.nesterov) return make_rule<SgdNesterov<float>, SgdNesterov<double>>(dtype, o, step);
     return make_rule<SgdHeavyBall<float>, SgdHeavyBall<double>>(dtype, o, step);
@@ -47,14 +57,14 @@ struct RmsPropFamily {
 
   template <class Source>
   static bool read(Source& source, Options& o) {
-    return source.number("lr", o.lr) && source.number("alpha", o.alpha) && source.number("eps", o.eps) &&
+    return source.lr(o.lr) && source.number("alpha", o.alpha) && source.number("eps", o.eps) &&
            source.number("weight_decay", o.weight_decay) && source.number("momentum", o.momentum) &&
            source.flag("centered", o.centered) && source.flag("maximize", o.maximize);
   }
   static bool uses_state(const Options& o, int state) {
     return state == 0 || (state == 1 && o.momentum > 0) || (state == 2 && o.centered);
   }
-  static RuleValue rule(DType dtype, const Options& o, double step) {
+  static RuleValue rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.momentum > 0 && o.centered) {
       return make_rule<RmsPropCenteredMomentum<float>, RmsPropCenteredMomentum<double>>(dtype, o, step);
     }
@@ -73,12 +83,12 @@ struct AdamFamily {
 
   template <class Source>
   static bool read(Source& source, Options& o) {
-    return source.number("lr", o.lr) && source.pair("betas", o.beta1, o.beta2) && source.number("eps", o.eps) &&
+    return source.lr(o.lr) && source.pair("betas", o.beta1, o.beta2) && source.number("eps", o.eps) &&
            source.number("weight_decay", o.weight_decay) && source.flag("amsgrad", o.amsgrad) &&
            source.flag("maximize", o.maximize) && source.flag("decoupled_weight_decay", o.decoupled_weight_decay);
   }
   static bool uses_state(const Options& o, int state) { return state < 2 || o.amsgrad; }
-  static RuleValue rule(DType dtype, const Options& o, double step) {
+  static RuleValue rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.amsgrad) return make_rule<AdamAmsgrad<float>, AdamAmsgrad<double>>(dtype, o, step);
     return make_rule<AdamPlain<float>, AdamPlain<double>>(dtype, o, step);
   }

@@ -27,6 +27,23 @@ class GroupReader {
 
   bool number(const char* name, double& to) { return as_number(find(name), to); }
 
+  // The learning rate; one on a GPU is not read, but left for the kernel in lr_on_device().
+  bool lr(double& to) {
+    PyObject* value = find("lr");
+    if (value && THPVariable_Check(value)) {
+      const at::Tensor& tensor = THPVariable_Unpack(value);
+      if (backend_of(tensor) == Backend::kCuda) {
+        const bool is_number = tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
+        if (!is_number || tensor.numel() != 1 || tensor.requires_grad()) return false;
+        lr_on_device_ = &tensor;
+        to = 0;
+        return true;
+      }
+    }
+    return as_number(value, to);
+  }
+  const at::Tensor* lr_on_device() const { return lr_on_device_; }
+
   bool pair(const char* name, double& first, double& second) {
     PyObject* value = find(name);
     if (value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) {
@@ -73,6 +90,7 @@ class GroupReader {
   }
 
   PyObject* group_;
+  const at::Tensor* lr_on_device_ = nullptr;
 };
 
 }  // namespace fastopt

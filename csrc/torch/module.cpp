@@ -5,6 +5,7 @@
 #include "cpu/isa.h"
 #include "torch/context.h"
 #include "torch/cross_entropy.h"
+#include "torch/cuda_library.h"
 #include "torch/step_plan.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -13,8 +14,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     pybind11::dict calls;
     calls["update"] = fastopt::kernel_calls().update.load();
     calls["cross_entropy"] = fastopt::kernel_calls().cross_entropy.load();
+    calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });
   fastopt::bind_cross_entropy(module);
+  fastopt::bind_cuda_library(module);
   fastopt::bind_step_plans(module);
 }

@@ -5,6 +5,7 @@
 #include <array>
 #include <iterator>  // size
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "torch/families.h"
@@ -53,7 +54,9 @@ class StepPlan {
   static constexpr int kMaxFamilyStates = static_cast<int>(std::size(Family::kStates));
 
   // Updates every parameter that has a gradient, or changes nothing and returns false: then the reason is in why_not().
-  bool step(const py::list& groups, const py::dict& state) {
+  // grad_scale and found_inf are a GradScaler's tensors, or None.
+  bool step(const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
+            const std::optional<at::Tensor>& found_inf) {
     // A second thread in the same optimizer waits, without the interpreter lock that the first one needs to finish.
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock) {
@@ -62,15 +65,25 @@ class StepPlan {
     }
     batch_.clear();
     entries_.clear();
-    options_.clear();
+    groups_.clear();
+    is_capturable_ = true;
+    must_know_ = false;
+    is_scaled_ = grad_scale.has_value() || found_inf.has_value();
     if (!gather(groups.ptr(), state.ptr())) return false;
+    if (is_scaled_ && batch_.has_cpu()) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
+    if (Family::kHasStep && !is_capturable_ && batch_.is_capturing()) {
+      return refuse("a CUDA graph is captured, and capturable is not set");
+    }
+    if (must_know_ && found_inf.has_value() && found_inf->item().toDouble() > 0) return true;  // nothing to do
     set_rules();
+    const at::Tensor* scale = grad_scale.has_value() ? &*grad_scale : nullptr;
+    const at::Tensor* found = found_inf.has_value() ? &*found_inf : nullptr;
     if (batch_.numel() >= kMinElementsToReleaseGil) {
       py::gil_scoped_release no_gil;
-      batch_.run();
+      batch_.run(scale, found);
     } else {
-      batch_.run();
+      batch_.run(scale, found);
     }
     if constexpr (Family::kMakesStates) keep_made_states(state.ptr());
     return true;
@@ -79,9 +92,16 @@ class StepPlan {
   const char* why_not() const { return why_not_; }
 
  private:
+  struct Group {
+    Options options;
+    bool is_capturable;
+    bool wants_device_steps;      // as torch places them: capturable or fused
+    const at::Tensor* device_lr;  // or null
+  };
+
   struct Entry {
     int32_t group;
-    void* step;  // the number in the step tensor
+    void* step;  // the number in the step tensor, or null: the kernel counts
     at::TensorImpl* step_tensor;
     bool is_step_double;
     PyObject* param;  // of states made in this step
@@ -103,13 +123,17 @@ class StepPlan {
       GroupReader reader(group);
       Options options;
       if (!Family::read(reader, options)) return refuse("a hyper-parameter is not a plain number");
-      bool is_differentiable = false, is_capturable = false, is_foreach = false;
+      bool is_differentiable = false, is_capturable = false, is_foreach = false, is_fused = false;
       reader.flag("differentiable", is_differentiable);
       reader.flag("capturable", is_capturable);
       reader.flag("foreach", is_foreach);
-      if (is_differentiable || is_capturable) return refuse("differentiable or capturable is set");
-      if (is_foreach && THPVariable_Check(reader.find("lr"))) return refuse("foreach with a tensor lr");
-      options_.push_back(options);
+      reader.flag("fused", is_fused);
+      if (is_differentiable) return refuse("differentiable is set");
+      if (is_foreach && !is_capturable && THPVariable_Check(reader.find("lr"))) {
+        return refuse("foreach with a tensor lr");
+      }
+      is_capturable_ &= is_capturable;
+      groups_.push_back({options, is_capturable, is_capturable || is_fused, reader.lr_on_device()});
       PyObject* params = reader.find("params");
       if (!params || !PyList_Check(params)) return refuse("a group's params are not a list");
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
@@ -126,8 +150,15 @@ class StepPlan {
     const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
     if (!grad.defined()) return true;
 
-    const Options& options = options_.back();
-    Entry entry{static_cast<int32_t>(options_.size()) - 1, nullptr, nullptr, false, nullptr, {}};
+    const Group& group = groups_.back();
+    const Options& options = group.options;
+    const bool is_cuda = backend_of(param) == Backend::kCuda;
+    if (group.is_capturable && !is_cuda) return refuse("capturable is set for a parameter on the CPU");
+    if (group.device_lr && (!is_cuda || group.device_lr->device() != param.device())) {
+      return refuse("lr is on another device");
+    }
+    Entry entry{static_cast<int32_t>(groups_.size()) - 1, nullptr, nullptr, false, nullptr, {}};
+    const at::Tensor* step_on_device = nullptr;
     std::array<const at::Tensor*, kMaxFamilyStates + 1> states{};
     int n_states = 0;
     bool uses_any = Family::kHasStep;
@@ -138,18 +169,27 @@ class StepPlan {
       const at::Tensor* step = find_tensor(own_state, "step");
       if (!step) return refuse("state is not there yet");
       const bool is_double = step->scalar_type() == at::kDouble;
-      if (!is_plain_cpu(*step) || step->numel() != 1 || !(is_double || step->scalar_type() == at::kFloat)) {
-        return refuse("a step is not a number in CPU memory");
+      if (step->numel() != 1 || !(is_double || step->scalar_type() == at::kFloat)) {
+        return refuse("a step is not a number");
       }
-      entry.step_tensor = step->unsafeGetTensorImpl();
-      entry.step = step->mutable_data_ptr();
-      entry.is_step_double = is_double;
+      if (is_cuda && group.wants_device_steps && backend_of(*step) == Backend::kCuda) {
+        if (step->device() != param.device()) return refuse("a step is on another device");
+        step_on_device = step;
+      } else {
+        if (group.is_capturable || is_scaled_) return refuse("a step is not on its parameter's device");
+        if (!is_plain_cpu(*step)) return refuse("a step is not in CPU memory");
+        entry.step_tensor = step->unsafeGetTensorImpl();
+        entry.step = step->mutable_data_ptr();
+        entry.is_step_double = is_double;
+      }
     }
     for (int s = 0; s < kMaxFamilyStates; ++s) {
       if (!Family::uses_state(options, s)) continue;
       const at::Tensor* tensor = find_tensor(own_state, Family::kStates[s]);
       if (!tensor) {
         if constexpr (!Family::kMakesStates) return refuse("state is not there yet");
+        // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
+        must_know_ |= is_scaled_;
         entry.made_state = at::empty_like(param);
         entry.param = object;
         tensor = &entry.made_state;
@@ -157,6 +197,7 @@ class StepPlan {
       states[n_states++] = tensor;
     }
     if (!batch_.add(param, grad, states.data(), n_states)) return refuse(batch_.why_not());
+    if (step_on_device) batch_.count_on_device(batch_.size() - 1, *step_on_device);
     entries_.push_back(std::move(entry));
     return true;
   }
@@ -186,16 +227,25 @@ class StepPlan {
     for (int64_t i = 0; i < batch_.size(); ++i) {
       const Entry& entry = entries_[i];
       double step = entry.made_state.defined() ? 1 : 2;
-      if constexpr (Family::kHasStep) {
+      if (entry.step) {
         step = entry.is_step_double ? ++*static_cast<double*>(entry.step)
                                     : static_cast<double>(++*static_cast<float*>(entry.step));
         entry.step_tensor->bump_version();
+      } else if (Family::kHasStep) {
+        step = 0;  // not known here
       }
       if (rule < 0 || entry.group != rule_group || step != rule_step || batch_.dtype(i) != rule_dtype) {
         rule_group = entry.group;
         rule_step = step;
         rule_dtype = batch_.dtype(i);
-        rule = batch_.add_rule(Family::rule(rule_dtype, options_[rule_group], step));
+        const Group& group = groups_[rule_group];
+        StepCount count(step);
+        count.is_on_device = (Family::kHasStep && !entry.step) || group.device_lr;
+        if (group.device_lr) {
+          count.lr = group.device_lr->const_data_ptr();
+          count.lr_dtype = *dtype_of(*group.device_lr);
+        }
+        rule = batch_.add_rule(Family::rule(rule_dtype, group.options, count));
       }
       batch_.set_rule(i, rule);
     }
@@ -218,7 +268,10 @@ class StepPlan {
   UpdateBatch batch_;
   StateWalk walk_;
   std::vector<Entry> entries_;
-  std::vector<Options> options_;
+  std::vector<Group> groups_;
+  bool is_scaled_ = false;
+  bool must_know_ = false;       // before the launch, whether a scaler skips the step
+  bool is_capturable_ = true;    // every group
   std::vector<size_t> guesses_;  // where each parameter's state was in the walk
   const char* why_not_ = "";
 };
@@ -227,7 +280,8 @@ template <class Family>
 void bind_plan(py::module_& module, const char* name) {
   py::class_<StepPlan<Family>>(module, name)
       .def(py::init<>())
-      .def("step", &StepPlan<Family>::step)
+      .def("step", &StepPlan<Family>::step, py::arg("param_groups"), py::arg("state"),
+           py::arg("grad_scale") = py::none(), py::arg("found_inf") = py::none())
       .def("why_not", &StepPlan<Family>::why_not);
 }
 

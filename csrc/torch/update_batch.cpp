@@ -42,6 +42,7 @@ size_t slot_of(const std::vector<const void*>& set, const void* key) {
 
 void UpdateBatch::clear() {
   slabs_.clear();
+  places_.clear();
   rules_.clear();
   written_.clear();
   grad_impls_.clear();
@@ -50,10 +51,42 @@ void UpdateBatch::clear() {
   why_not_ = "";
 }
 
+size_t UpdateBatch::place_of(c10::Device device, Backend backend) {
+  for (size_t i = 0; i < devices_.size(); ++i) {
+    if (devices_[i].device == device && devices_[i].backend == backend) return i;
+  }
+  devices_.push_back({device, backend, {}});
+  return devices_.size() - 1;
+}
+
+bool UpdateBatch::has_cpu() const {
+  for (const int16_t place : places_) {
+    if (devices_[place].backend == Backend::kCpu) return true;
+  }
+  return false;
+}
+
+bool UpdateBatch::is_capturing() const {
+  for (const Place& place : devices_) {
+    if (place.backend == Backend::kCuda && CudaDevice(place.device).is_capturing()) return true;
+  }
+  return false;
+}
+
+void UpdateBatch::count_on_device(int64_t i, const at::Tensor& step) {
+  slabs_[i].step = step.mutable_data_ptr();
+  slabs_[i].is_step_double = step.scalar_type() == at::kDouble;
+  written_.push_back(step.unsafeGetTensorImpl());
+}
+
 bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states) {
   const auto dtype = dtype_of(param);
-  if (!is_plain_cpu(param) || param.is_inference()) return refuse("a parameter is not an ordinary CPU tensor");
-  if (!is_plain_cpu(grad)) return refuse("a gradient is not an ordinary CPU tensor");
+  const Backend backend = backend_of(param);
+  const auto lies_with_param = [&](const at::Tensor& tensor) {
+    return backend_of(tensor) == backend && (backend == Backend::kCpu || tensor.device() == param.device());
+  };
+  if (backend == Backend::kNone || param.is_inference()) return refuse("a parameter is not an ordinary tensor");
+  if (!lies_with_param(grad)) return refuse("a gradient is not an ordinary tensor on its parameter's device");
   if (!dtype) return refuse("a parameter's dtype has no kernel");
   if (grad.scalar_type() != param.scalar_type()) return refuse("a gradient's dtype is not its parameter's");
   if (grad.sizes() != param.sizes()) return refuse("a gradient's shape is not its parameter's");
@@ -61,14 +94,21 @@ bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at:
 
   Slab slab{};
   slab.numel = param.numel();
-  slab.dtype = *dtype;
+  slab.dtype = slab.state_dtype = *dtype;
   for (int s = 0; s < n_states; ++s) {
     const at::Tensor& state = *states[s];
-    if (!is_plain_cpu(state) || state.is_inference()) return refuse("a state is not an ordinary CPU tensor");
-    if (state.scalar_type() != param.scalar_type()) return refuse("a state's dtype is not its parameter's");
+    if (!lies_with_param(state) || state.is_inference()) {
+      return refuse("a state is not an ordinary tensor on its parameter's device");
+    }
+    if (s == 0) slab.state_dtype = dtype_of(state).value_or(*dtype);
+    if (dtype_of(state) != slab.state_dtype) return refuse("a state's dtype is not its parameter's");
     if (state.sizes() != param.sizes()) return refuse("a state's shape is not its parameter's");
     if (!same_layout(state, param)) return refuse("a state's layout is not its parameter's");
     slab.state[s] = state.mutable_data_ptr();
+  }
+  if (slab.state_dtype != slab.dtype &&
+      (backend == Backend::kCpu || !cuda::has_update_kernel(slab.dtype, slab.state_dtype))) {
+    return refuse("a state's dtype is not its parameter's");
   }
   const at::Tensor* laid_out = &grad;
   if (!same_layout(grad, param)) {
@@ -79,6 +119,7 @@ bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at:
   slab.param = param.mutable_data_ptr();
   slab.grad = laid_out->const_data_ptr();
   slabs_.push_back(slab);
+  places_.push_back(static_cast<int16_t>(place_of(param.device(), backend)));
   grad_impls_.push_back(laid_out->unsafeGetTensorImpl());
   written_.push_back(param.unsafeGetTensorImpl());
   for (int s = 0; s < n_states; ++s) written_.push_back(states[s]->unsafeGetTensorImpl());
@@ -92,6 +133,7 @@ bool UpdateBatch::has_overlap() {
     fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(slab.param)) * 0x9e3779b97f4a7c15ull;
     for (const void* state : slab.state)
       fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(state)) * 0x9e3779b97f4a7c15ull;
+    fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(slab.step)) * 0x9e3779b97f4a7c15ull;
     fingerprint = (fingerprint ^ static_cast<uint64_t>(slab.numel)) * 0x9e3779b97f4a7c15ull;
     fingerprint ^= fingerprint >> 29;
   }
@@ -132,10 +174,46 @@ int32_t UpdateBatch::add_rule(const RuleValue& rule) {
   return static_cast<int32_t>(rules_.size()) - 1;
 }
 
-void UpdateBatch::run() {
-  cpu::update(slabs_.data(), size(), rules_.data(), torch_threads());
+void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf) {
+  bool is_all_cpu = true;
+  for (const int16_t place : places_) is_all_cpu &= devices_[place].backend == Backend::kCpu;
+  if (is_all_cpu) {
+    cpu::update(slabs_.data(), size(), rules_.data(), torch_threads());
+  } else {
+    std::vector<Slab> on_cpu;
+    for (int64_t i = 0; i < size(); ++i) {
+      if (!is_cuda(i)) on_cpu.push_back(slabs_[i]);
+    }
+    for (size_t place = 0; place < devices_.size(); ++place) {
+      if (devices_[place].backend == Backend::kCuda) {
+        run_cuda(devices_[place], static_cast<int16_t>(place), grad_scale, found_inf);
+      }
+    }
+    cpu::update(on_cpu.data(), static_cast<int64_t>(on_cpu.size()), rules_.data(), torch_threads());
+    ++kernel_calls().cuda;
+  }
   for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+  if (grad_scale) {
+    for (c10::TensorImpl* tensor : grad_impls_) tensor->bump_version();
+  }
   ++kernel_calls().update;
+}
+
+void UpdateBatch::run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf) {
+  std::vector<const Slab*> slabs;
+  for (int64_t i = 0; i < size(); ++i) {
+    if (places_[i] == index) slabs.push_back(&slabs_[i]);
+  }
+  if (slabs.empty()) return;
+  // A scaler's numbers come from one device and serve all.
+  const auto number_on = [&](const at::Tensor* number) {
+    return number ? number->to(place.device, at::kFloat, /*non_blocking=*/true) : at::Tensor();
+  };
+  const at::Tensor scale = number_on(grad_scale), found = number_on(found_inf);
+  place.updater.run(slabs, rules_,
+                    {scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+                     found.defined() ? found.const_data_ptr<float>() : nullptr},
+                    place.device);
 }
 
 }  // namespace fastopt

@@ -1,4 +1,4 @@
-// Tensors of one optimizer step, checked, then updated in one parallel region.
+// Tensors of one optimizer step, checked, then updated: in one parallel region on the CPU, in one launch on a GPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,6 +8,7 @@
 
 #include "rules/rules.h"
 #include "torch/context.h"
+#include "torch/update_cuda.h"
 
 namespace fastopt {
 
@@ -20,6 +21,13 @@ class UpdateBatch {
   bool add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states);
   int64_t size() const { return static_cast<int64_t>(slabs_.size()); }
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
+  bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
+  bool has_cpu() const;
+  // Whether a CUDA graph is being captured on the current stream of a tensor's device.
+  bool is_capturing() const;
+  // Has the kernel count this tensor's steps; it must lie on the tensor's device.
+  void count_on_device(int64_t i, const at::Tensor& step);
+  bool counts_on_device(int64_t i) const { return slabs_[i].step != nullptr; }
 
   // Whether tensors that would be written share memory with each other or with a gradient.
   bool has_overlap();
@@ -27,19 +35,32 @@ class UpdateBatch {
   int32_t add_rule(const RuleValue& rule);
   void set_rule(int64_t i, int32_t rule) { slabs_[i].rule = rule; }
 
-  // Runs the kernels and bumps the version of each tensor written.
-  void run();
+  // Runs the kernels and bumps the version of each tensor written. With a GradScaler's numbers, which are for tensors
+  // on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either may be null.
+  void run(const at::Tensor* grad_scale = nullptr, const at::Tensor* found_inf = nullptr);
 
   const char* why_not() const { return why_not_; }
   int64_t numel() const { return numel_; }
 
  private:
+  // The devices that the tensors are on; on a GPU with what launches keep from step to step.
+  struct Place {
+    c10::Device device;
+    Backend backend;
+    CudaUpdater updater;
+  };
+
+  size_t place_of(c10::Device device, Backend backend);
+  void run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf);
+
   bool refuse(const char* why) {
     why_not_ = why;
     return false;
   }
 
   std::vector<Slab> slabs_;
+  std::vector<int16_t> places_;  // of slabs_, indices into devices_
+  std::vector<Place> devices_;   // all that were ever met
   std::vector<RuleValue> rules_;
   std::vector<c10::TensorImpl*> written_;     // the parameters and states of slabs_
   std::vector<c10::TensorImpl*> grad_impls_;  // one for each slab

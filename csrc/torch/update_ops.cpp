@@ -5,6 +5,7 @@
 #include <array>
 
 #include "torch/families.h"
+#include "torch/operators.h"
 #include "torch/update_batch.h"
 
 namespace fastopt {
@@ -38,15 +39,23 @@ void update(at::TensorList params, at::TensorList grads, std::initializer_list<a
     TORCH_CHECK(batch.add(params[i], grads[i], own_states.data(), n_states), "fastopt::", Family::kName,
                 "_: ", batch.why_not(), " (index ", i, ")");
     if (Family::kHasStep) {
-      TORCH_CHECK(is_plain_cpu(steps[i]) && steps[i].numel() == 1 && steps[i].is_floating_point(),
-                  "fastopt::", Family::kName,
-                  "_: each of state_steps must be one floating-point number on the CPU (index ", i, ")");
+      const bool is_number = steps[i].numel() == 1 && steps[i].is_floating_point();
+      const bool is_on_device = batch.is_cuda(i) && steps[i].device() == params[i].device() &&
+                                (steps[i].scalar_type() == at::kFloat || steps[i].scalar_type() == at::kDouble);
+      TORCH_CHECK(is_number && (is_plain_cpu(steps[i]) || is_on_device), "fastopt::", Family::kName,
+                  "_: each of state_steps must be one floating-point number, on the CPU or on its parameter's device ",
+                  "(index ", i, ")");
+      if (is_on_device) batch.count_on_device(i, steps[i]);
     }
   }
   TORCH_CHECK(!batch.has_overlap(), "fastopt::", Family::kName, "_: tensors share memory");
   for (size_t i = 0; i < params.size(); ++i) {
-    double step = is_first_step ? 1 : 2;
-    if (Family::kHasStep) step = steps[i].add_(1).item().toDouble();
+    StepCount step(is_first_step ? 1 : 2);
+    if (Family::kHasStep && batch.counts_on_device(i)) {
+      step.is_on_device = true;
+    } else if (Family::kHasStep) {
+      step.count = steps[i].add_(1).item().toDouble();
+    }
     batch.set_rule(i, batch.add_rule(Family::rule(batch.dtype(i), options, step)));
   }
   batch.run();
@@ -72,11 +81,14 @@ void adam_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                      {lr, beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay}, false);
 }
 
-TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
+TORCH_LIBRARY_IMPL(fastopt, CPU, library) { implement_updates(library); }
+
+}  // namespace
+
+void implement_updates(torch::Library& library) {
   library.impl("sgd_", sgd_);
   library.impl("rmsprop_", rmsprop_);
   library.impl("adam_", adam_);
 }
 
-}  // namespace
 }  // namespace fastopt

@@ -47,7 +47,8 @@ def cross_entropy(
 
     Raises:
         ValueError, RuntimeError: shapes, dtypes or options disagree, as torch.
-        IndexError: a target is neither a class nor ``ignore_index``; nothing is read out of bounds.
+        IndexError: a target is neither a class nor ``ignore_index``; nothing is read out of bounds. On a GPU, which
+            nothing waits for, the loss is NaN instead, and so is that target's row of the gradient.
 
     Source: online maximum and sum: Milakov & Gimelshein, arXiv:1805.02867, 2018, algorithm 3.
     """
@@ -88,7 +89,7 @@ def _cross_entropy(
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
-    if not input.is_cpu or type(input) not in _PLAIN_TYPES:
+    if not (input.is_cpu or (input.is_cuda and _native.cuda())) or type(input) not in _PLAIN_TYPES:
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )

@@ -15,10 +15,10 @@ class FusedOptimizer(Optimizer):
 
     A step takes the first of these roads that is open to it; all have the same meaning:
 
-    1. the kernels: dense tensors of float64, float32, bfloat16 or float16 in CPU memory;
-    2. ``reference.py``, in plain torch: the same tensors where there is no library, and layouts no kernel walks;
-    3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable`` and ``capturable``, tensor
-       subclasses, and while ``torch.compile`` traces.
+    1. the kernels: dense tensors of float64, float32, bfloat16 or float16 on the CPU or a CUDA device;
+    2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
+    3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
+       without kernels for it, and while ``torch.compile`` traces.
 
     A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
     """
@@ -74,46 +74,60 @@ class FusedOptimizer(Optimizer):
                 return False
             plan = self._plan = getattr(library, self._plan_name)()
         if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
-            return False
+            return self._step_scaled(plan)
         return plan.step(self.param_groups, self.state)
+
+    def _step_scaled(self, plan):
+        """The step with what a ``GradScaler`` leaves to an optimizer made with ``fused=True``."""
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return plan.step(self.param_groups, self.state, *scaling)
 
     @torch.no_grad()
     def _update_otherwise(self):
         """First steps, whose state must be made, and all that the kernels refuse."""
-        if not self._is_plain():
+        devices = self._devices()
+        if devices is None or ("cuda" in devices and not _native.cuda()):
             self._torch_step()
             return
         # All that can fail comes before the first tensor is written.
-        options = [self._options(group) for group in self.param_groups]
-        if not self._unscale():
+        options = [self._options(group) for group in self.param_groups] if "cuda" not in devices else []
+        if devices == {"cpu"} and not self._unscale():
             return
         lists = [self._init_lists(group) for group in self.param_groups]
-        if self._plan is not None and self._plan.step(self.param_groups, self.state):
+        if self._plan is not None and self._step_again(devices):
             return
-        if not all(map(_agree, lists)):
+        if "cuda" in devices or not all(map(_agree, lists)):
             self._torch_step()
             return
         for group, tensors in zip(options, lists, strict=True):
             self._reference_step(group, *tensors)
 
-    def _is_plain(self):
-        """Whether ``reference.py`` computes the same as torch: real, dense, on the CPU, and not differentiated."""
+    def _step_again(self, devices):
+        if "cuda" in devices:
+            return self._step_scaled(self._plan)
+        return self._plan.step(self.param_groups, self.state)
+
+    def _devices(self):
+        """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
+        devices = set()
         for group in self.param_groups:
-            if group.get("differentiable") or group.get("capturable"):
-                return False
+            if group.get("differentiable"):
+                return None
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
                     continue
                 for tensor in (param, grad):
                     if (
-                        tensor.device.type != "cpu"
-                        or tensor.layout != torch.strided
+                        tensor.layout != torch.strided
                         or tensor.dtype not in KERNEL_DTYPES
                         or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
                     ):
-                        return False
-        return True
+                        return None
+                    devices.add(tensor.device.type)
+                if group.get("capturable") and param.device.type == "cpu":
+                    return None
+        return devices if devices <= {"cpu", "cuda"} else None
 
     def _options(self, group):
         """The hyper-parameters of a group as plain numbers.
