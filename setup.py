@@ -1,25 +1,27 @@
-"""What pyproject.toml cannot say: csrc/ travels inside the package, and the extension is compiled where torch is.
+"""What pyproject.toml cannot say: csrc/ travels inside the package, and the libraries are compiled where torch is.
 
-FASTOPT_AOT=0 leaves the extension out; the build backend in _backend/ sets it where there is nothing to compile with.
+FASTOPT_AOT=0 leaves them out; the build backend in _backend/ sets it where there is nothing to compile with.
+FASTOPT_CUDA=1 makes the CUDA library a must, FASTOPT_CUDA=0 leaves it out; else it is compiled if torch has CUDA and an
+nvcc is found.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
 import sys
+import types
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-def load_recipe():
-    """fastopt/_build.py, by path: the package around it cannot be imported before it is built."""
-    spec = importlib.util.spec_from_file_location("fastopt_build_recipe", Path(__file__).parent / "fastopt/_build.py")
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
-    return recipe
+def load_recipes():
+    """fastopt/_build.py and _build_cuda.py in a package of their own: fastopt cannot be imported before it is built."""
+    package = types.ModuleType("fastopt_build_recipes")
+    package.__path__ = [str(Path(__file__).resolve().parent / "fastopt")]
+    sys.modules[package.__name__] = package
+    return [importlib.import_module(f"{package.__name__}.{name}") for name in ("_build", "_build_cuda")]
 
 
 class BuildPy(build_py):
@@ -49,24 +51,26 @@ class BuildPy(build_py):
 
 
 def compiled_extension():
-    """Arguments of setup() that compile fastopt._C against the torch that can be imported now."""
-    recipe = load_recipe()
+    """Arguments of setup() that compile the libraries for the torch that can be imported now."""
+    recipe, cuda_recipe = load_recipes()
     compiler = recipe.find_compiler()
     os.environ.update(recipe.build_environment(compiler))
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        """Leaves beside the library what it was built for."""
-
-        def _identity_file(self):
-            return Path(self.get_ext_fullpath("fastopt._C")).with_name(recipe.IDENTITY)
+        """Leaves beside the library what it was built for, and the CUDA library."""
 
         def run(self):
             super().run()
-            recipe.write_identity(self._identity_file(), recipe.identity(), compiler)
+            library = Path(self.get_ext_fullpath("fastopt._C"))
+            recipe.write_identity(library, recipe.identity(), compiler=str(compiler))
+            cuda_library = library.with_name(cuda_recipe.CudaLibrary.filename)
+            cuda_recipe.compile_ahead(cuda_library, Path(self.build_temp, "cuda"))
 
         def get_outputs(self):
-            return [*super().get_outputs(), str(Path(self.build_lib, "fastopt", recipe.IDENTITY))]
+            folder = Path(self.build_lib, "fastopt")
+            beside = [folder / name for name in ("_C.json", "_cuda.so", "_cuda.json")]
+            return [*super().get_outputs(), *(str(path) for path in beside if path.exists())]
 
     return {
         "ext_modules": [recipe.extension("fastopt._C", Path("csrc"), compiler)],

@@ -3,7 +3,7 @@
 Build isolation hides that environment, and a torch listed in ``build-system.requires`` would be a second, maybe
 different one. So the target's own interpreter is asked where its torch is, and its import path is appended to ours.
 No torch there, one that is too old, or no working compiler: the wheel carries sources only, and the library is
-compiled just in time on first use.
+compiled just in time on first use. Only FASTOPT_CUDA=1, which asks for a library, makes a failure to compile an error.
 """
 
 import contextlib
@@ -81,6 +81,8 @@ def _build(hook, *args):
             with _setup_py(ahead_of_time=True):
                 return hook(*args)
         except (Exception, SystemExit):
+            if os.environ.get("FASTOPT_CUDA", "") not in ("", "0"):
+                raise
             traceback.print_exc()
             reason = "compiling failed, see above (no C++20 compiler?)"
     print(f"fastopt: not compiled ahead of time: {reason}. First use compiles it just in time.", file=sys.stderr)

@@ -1,13 +1,15 @@
 """How the extension is built: its sources, its flags and its identity, ahead of time and just in time alike.
 
-setup.py loads this file by path, and a just-in-time build runs it as a program, so it imports nothing of fastopt,
-and torch only inside functions.
+setup.py loads this file without the package around it, and a just-in-time build runs it as a program, so it imports
+nothing of fastopt, and torch only inside functions. What the CUDA library's build shares with it is here too.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,17 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCE_FOLDERS = ("cpu", "torch")  # csrc/cpu knows no torch header, csrc/torch is the glue
-SOURCE_SUFFIXES = (".cpp", ".h", ".cu", ".cuh")
-IDENTITY = "_C.json"  # beside a library: what it was built from and for
+SOURCE_SUFFIXES = (".cpp", ".h")
 FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")  # what a build takes from the environment
 
 INSTALL_COMPILER = (
     "install a C++20 compiler (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
     "conda: conda install gxx), or name one in CXX"
+)
+USE_WRITABLE_CACHE = "free some space, or set FASTOPT_CACHE_DIR to a directory that can be written"
+ERROR_LINE = re.compile(
+    r"\berror *: |#error|\bfatal *: |\bundefined reference\b|\bcannot find\b|: not found$|: No such file or directory$"
+    r"|\bNo space left|^FAILED: |ModuleNotFoundError"
 )
 
 # Held while a program is started, and by a thread that forks: a child born in between would keep the pipe open by which
@@ -70,6 +76,33 @@ def spawn(command, env=None, stderr=subprocess.STDOUT):
         )
 
 
+def run(command, env=None, verbose=False):
+    """Exit status of a program and the lines it printed, which ``verbose`` passes on to stderr."""
+    log = []
+    with spawn(command, env=env) as process:
+        for line in process.stdout:
+            log.append(line.rstrip())
+            if verbose:
+                print(line, end="", file=sys.stderr)
+    return process.returncode, log
+
+
+def explain(failed, log, remedies, otherwise):
+    """The failure of a build, from what it printed.
+
+    Args:
+        failed: what failed.
+        log: lines of its output.
+        remedies: pairs of a pattern to look for in the lines, and what to do if it is there.
+        otherwise: what to do if none is.
+    """
+    errors = [line for line in log if ERROR_LINE.search(line)] or log[-4:]
+    reason = "\n    ".join([f"{failed}:", *(line[:200] for line in errors[:6])])
+    remedies = [("No space left on device", USE_WRITABLE_CACHE), *remedies]
+    found = (remedy for pattern, remedy in remedies if any(re.search(pattern, line) for line in log))
+    return BuildError(reason, next(found, otherwise))
+
+
 def find_compiler():
     """The compiler named in ``CXX``, else ``c++`` or ``g++`` on the path.
 
@@ -108,11 +141,12 @@ def sources(root):
     return sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).glob("*.cpp"))
 
 
-def digest(root):
-    """Hash of all that a build reads from fastopt: the C++ files, and this one for its flags."""
-    files = sorted(path for path in root.rglob("*") if path.suffix in SOURCE_SUFFIXES)
-    total = hashlib.sha256(Path(__file__).read_bytes())
-    for path in files:
+def digest(root, files, recipes):
+    """Hash of all that a build reads from fastopt: ``files`` below ``root``, and the Python files with its flags."""
+    total = hashlib.sha256()
+    for recipe in recipes:
+        total.update(Path(recipe).read_bytes())
+    for path in sorted(files):
         total.update(f"\n{path.relative_to(root)}\n".encode() + path.read_bytes())
     return total.hexdigest()
 
@@ -181,33 +215,73 @@ def identity():
     """What a library must have been built from and for, to be loaded into this process."""
     import torch
 
+    files = [path for path in csrc().rglob("*") if path.suffix in SOURCE_SUFFIXES]
     return {
         "torch": str(torch.__version__),
         "torch_commit": torch.version.git_version,
         "torch_debug": bool(torch.version.debug),
         "cxx11_abi": torch.compiled_with_cxx11_abi(),
         "python": sysconfig.get_config_var("SOABI"),
-        "sources": digest(csrc()),
+        "sources": digest(csrc(), files, [__file__]),
         "sanitizers": sanitizers(),
     }
 
 
-def cache_key(compiler):
-    """Name of the cache entry that holds the library for this process and compiler."""
-    binary = shutil.which(compiler.command)
-    parts = [
-        identity(),
-        compiler.version,
-        os.path.realpath(binary),
-        [os.environ.get(name) for name in FLAG_VARIABLES],
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+def identity_file(library):
+    """Where a library's identity is: beside it, ``_C.json`` for ``_C.cpython-311-x86_64-linux-gnu.so``."""
+    return library.with_name(library.name.partition(".")[0] + ".json")
 
 
-def write_identity(path, built_for, compiler, **more):
+def write_identity(library, built_for, **more):
     """Leave beside a library what it was built from and for."""
-    text = json.dumps({**built_for, "compiler": str(compiler), **more}, indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    identity_file(library).write_text(json.dumps({**built_for, **more}, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path):
+    """Checksum of a file, or None if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class CpuLibrary:
+    """The extension as the cache of just-in-time builds knows it."""
+
+    compiler: Compiler
+    filename = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
+    def __str__(self):
+        import torch
+
+        return f"the kernels for torch {torch.__version__}"
+
+    def identity(self):
+        return identity()
+
+    def details(self):
+        """What else the identity says of a library."""
+        return {"compiler": str(self.compiler)}
+
+    def variant(self):
+        """What else names the cache entry."""
+        binary = os.path.realpath(shutil.which(self.compiler.command))
+        return [self.compiler.version, binary, *map(os.environ.get, FLAG_VARIABLES)]
+
+    def compile(self, work, verbose):
+        """Path of the library, compiled in ``work`` by a process that keeps the noise and the memory out of ours."""
+        if importlib.util.find_spec("setuptools") is None:
+            raise BuildError("setuptools is missing", "pip install setuptools")
+        path = os.pathsep.join(filter(None, sys.path))
+        env = {**os.environ, **build_environment(self.compiler), "PYTHONPATH": path}
+        env.pop("LD_PRELOAD", None)  # a sanitizer's runtime is for the tests, not for the compiler
+        status, log = run([sys.executable, __file__, str(work)], env, verbose)
+        if status != 0:
+            no_headers = ("Python.h", "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
+            see_all = f"{INSTALL_COMPILER}; fastopt.build(verbose=True) shows everything"
+            raise explain(f"compiling failed with {self.compiler}", log, [no_headers], see_all)
+        return Path(work, "lib", self.filename)
 
 
 def compile_into(directory):

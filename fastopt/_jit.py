@@ -1,31 +1,25 @@
 """The cache of libraries compiled just in time: find one, or compile it once while other processes wait.
 
-An entry belongs to one torch, one Python ABI, one compiler and one state of the sources. It is built in a folder of its
+An entry belongs to one state of the sources and all that a library of its kind depends on: for the extension one torch,
+one Python ABI and one compiler, for the CUDA library one nvcc and some architectures. It is built in a folder of its
 own and moved into place, under a file lock that the kernel frees when its holder dies, so a killed build leaves nothing
 that matters. A library is trusted only if its checksum matches: one cut short would not fail to load but crash.
+
+The two kinds are :class:`_build.CpuLibrary` and :class:`_build_cuda.CudaLibrary`.
 """
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from . import _build
 from ._build import BuildError
-
-LIBRARY = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
-USE_WRITABLE_CACHE = "free some space, or set FASTOPT_CACHE_DIR to a directory that can be written"
-COMPILER_ERROR = re.compile(r"\berror: |\bundefined reference\b|\bNo space left|^FAILED: |ModuleNotFoundError")
 
 _lock_files = set()  # open lock files; a forked child closes its copies
 
@@ -37,49 +31,51 @@ def cache_dir():
     return Path(os.path.abspath(os.path.expanduser(folder)))
 
 
-def cached():
-    """Path of the library that fits this process and is whole, or None.
-
-    Raises:
-        BuildError: there is no compiler, which names the entry as much as torch does.
-    """
-    library = _entry() / LIBRARY
-    found = read_identity(library)
-    return library if fits(found) and _sha256(library) == found.get("sha256") else None
+def cached(kind):
+    """Path of the library of that kind that is whole, or None."""
+    library = _entry(kind) / kind.filename
+    return library if is_whole(library, kind.identity()) else None
 
 
-def compile(verbose=False):
+def compile(kind, verbose=False):
     """Path of the library, compiled by this process or by the one it waited for.
 
     Args:
+        kind: what to compile.
         verbose: pass the compiler's output on to stderr.
 
     Raises:
         BuildError: the compiler, a build tool or the cache directory does not serve.
     """
-    entry = _entry()
+    entry = _entry(kind)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         with _locked(entry / "lock"):
-            return cached() or _compile_locked(entry, verbose)
+            return cached(kind) or _compile_locked(entry, kind, verbose)
     except OSError as error:
         raise BuildError(
-            f"the cache {entry} cannot be written: {error.strerror or error}", USE_WRITABLE_CACHE
+            f"the cache {entry} cannot be written: {error.strerror or error}", _build.USE_WRITABLE_CACHE
         ) from error
 
 
 def read_identity(library):
     """What a library was built from and for; empty if nothing readable says so."""
     try:
-        found = json.loads(library.with_name(_build.IDENTITY).read_text(encoding="utf-8"))
+        found = json.loads(_build.identity_file(library).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def fits(found):
-    """Whether a library of that identity may be loaded into this process."""
-    return found.items() >= _build.identity().items()
+def fits(library, identity):
+    """Whether a library says that it was built from and for what ``identity`` asks."""
+    return read_identity(library).items() >= identity.items()
+
+
+def is_whole(library, identity):
+    """Whether a library fits, and is the file of which its identity has the checksum."""
+    checksum = read_identity(library).get("sha256")
+    return fits(library, identity) and checksum is not None and _build.sha256(library) == checksum
 
 
 def close_locks_after_fork():
@@ -88,60 +84,27 @@ def close_locks_after_fork():
         _lock_files.pop().close()
 
 
-def _entry():
-    return cache_dir() / _build.cache_key(_build.find_compiler())
+def _entry(kind):
+    text = json.dumps([kind.identity(), kind.variant()])
+    return cache_dir() / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _sha256(path):
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def _compile_locked(entry, verbose):
+def _compile_locked(entry, kind, verbose):
     for left_by_killed in entry.glob("build-*"):
         shutil.rmtree(left_by_killed, ignore_errors=True)
-    compiler, built_for = _build.find_compiler(), _build.identity()
-    _say(f"compiling the kernels for torch {torch.__version__}, once, into {entry}")
+    built_for = kind.identity()
+    _say(f"compiling {kind}, once, into {entry}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="build-", dir=entry, ignore_cleanup_errors=True) as work:
-        _run_build(work, compiler, verbose)
-        if _build.identity() != built_for:
+        library = kind.compile(Path(work), verbose)
+        if kind.identity() != built_for:
             raise BuildError(f"{_build.csrc()} changed during the build", "try again")
-        library, identity = Path(work, "lib", LIBRARY), Path(work, _build.IDENTITY)
-        _build.write_identity(identity, built_for, compiler, sha256=_sha256(library))
-        os.replace(library, entry / LIBRARY)
-        os.replace(identity, entry / _build.IDENTITY)  # last, for it vouches for the library
+        _build.write_identity(library, built_for, **kind.details(), sha256=_build.sha256(library))
+        os.replace(library, entry / library.name)
+        identity = _build.identity_file(library)
+        os.replace(identity, entry / identity.name)  # last, for it vouches for the library
     _say(f"compiled in {time.monotonic() - started:.0f} s")
-    return entry / LIBRARY
-
-
-def _run_build(work, compiler, verbose):
-    """Run _build.py as a program in ``work``: its own process keeps the compiler's noise and memory out of ours."""
-    if importlib.util.find_spec("setuptools") is None:
-        raise BuildError("setuptools is missing", "pip install setuptools")
-    env = {**os.environ, **_build.build_environment(compiler), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    env.pop("LD_PRELOAD", None)  # a sanitizer's runtime is for the tests, not for the compiler
-    log = []
-    with _build.spawn([sys.executable, _build.__file__, work], env=env) as process:
-        for line in process.stdout:
-            log.append(line.rstrip())
-            if verbose:
-                print(line, end="", file=sys.stderr)
-    if process.returncode != 0:
-        raise _explain(log, compiler)
-
-
-def _explain(log, compiler):
-    """The failure of a build, from what it printed."""
-    errors = [line for line in log if COMPILER_ERROR.search(line)] or log[-4:]
-    excerpt = "\n    ".join([f"compiling failed with {compiler}:", *(line[:200] for line in errors[:6])])
-    if any("No space left on device" in line for line in log):
-        return BuildError(excerpt, USE_WRITABLE_CACHE)
-    if any("Python.h" in line for line in log):
-        return BuildError(excerpt, "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
-    return BuildError(excerpt, f"{_build.INSTALL_COMPILER}; fastopt.build(verbose=True) shows everything")
+    return entry / kind.filename
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 A library is loaded only if it was built for exactly this torch and these sources. Where there is none and none can be
 compiled, the reference path serves, after one warning. Nothing is settled before the first use.
+
+The kernels for CUDA are in a library of their own, which the first CUDA tensor makes the extension open. Where there is
+none, torch serves CUDA tensors.
 """
 
 import importlib.util
@@ -15,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from . import _build, _jit
+from . import _build, _build_cuda, _jit, _native_cuda
 from ._build import BuildError
 
 BACKENDS = ("auto", "native", "reference")
@@ -23,7 +26,10 @@ BACKENDS = ("auto", "native", "reference")
 
 @dataclass(frozen=True)
 class Served:
-    """What serves: a loaded library, or the reference path (``module`` None), and why."""
+    """What serves: a loaded library, or the reference path (``module`` None), and why.
+
+    For CUDA tensors ``module`` is the extension too, and ``library`` the one that it has opened.
+    """
 
     module: ModuleType | None
     reason: str
@@ -32,6 +38,7 @@ class Served:
 
 
 _served = None  # settled by the first use
+_served_cuda = None  # settled by the first CUDA tensor
 _lock = threading.Lock()
 
 
@@ -48,26 +55,59 @@ def module():
     return served.module
 
 
+def cuda():
+    """Whether kernels serve CUDA tensors. The first call, for the first CUDA tensor, may compile.
+
+    Raises:
+        ValueError: ``FASTOPT_BACKEND`` or ``FASTOPT_CUDA`` is unknown.
+        RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
+    """
+    served = _served_cuda or _settle_cuda()
+    if served.failure is not None and _backend() == "native":
+        raise RuntimeError(f"FASTOPT_BACKEND=native, but the CUDA kernels cannot be used: {served.failure}")
+    return served.module is not None
+
+
 def build(verbose=False):
-    """Make sure that there is a library for the running torch, compiling it if need be.
+    """Make sure that there are libraries for the running torch, compiling them if need be.
+
+    The one with the CUDA kernels is among them if ``FASTOPT_CUDA=1``, or if torch has CUDA and an nvcc is found.
 
     Args:
         verbose: pass the compiler's output on to stderr.
 
     Returns:
-        Path of the library.
+        Path of the library with the CPU kernels.
 
     Raises:
-        RuntimeError: it cannot be built; the message says why and what to install.
+        RuntimeError: one cannot be built; the message says why and what to install.
     """
     global _served
     with _lock:
         try:
-            library = _find() or _jit.compile(verbose)
+            library = _find() or _jit.compile(_kind(), verbose)
         except BuildError as error:
             raise RuntimeError(f"fastopt cannot be built: {error}") from error
         if _served is not None and _served.failure is not None:
             _served = None  # what failed before is tried again
+    build_cuda(verbose)
+    return library
+
+
+def build_cuda(verbose=False):
+    """The part of :func:`build` for CUDA: path of the library, or None where none is wanted."""
+    global _served_cuda
+    if not _build_cuda.is_wanted_for(torch.version.cuda):
+        return None
+    with _lock:
+        try:
+            library = _native_cuda.find() or _native_cuda.compile(verbose)
+        except BuildError as error:
+            if isinstance(error, _build_cuda.NoNvcc) and not _build_cuda.wanted():
+                return None
+            raise RuntimeError(f"the CUDA kernels cannot be built: {error}") from error
+        if _served_cuda is not None and _served_cuda.failure is not None:
+            _served_cuda = None
     return library
 
 
@@ -84,6 +124,7 @@ def info():
         backend, reason = "not built yet", "the first use of a kernel, or python -m fastopt build, compiles the library"
     else:
         backend, reason = f"native-cpu-{instruction_set}" if compiled else "reference", served.reason
+    cuda, cuda_library = _info_of_cuda(served)
     return {
         "version": sys.modules[__package__].__version__,
         "backend": backend,
@@ -92,8 +133,9 @@ def info():
         "built_for_torch": _jit.read_identity(served.library).get("torch") if compiled else None,
         "torch": str(torch.__version__),
         "instruction_set": instruction_set,
-        "cuda_archs": [],
-        "cuda": "none: this version has kernels for the CPU only",
+        "cuda": cuda,
+        "cuda_archs": _native_cuda.archs(cuda_library) if cuda_library else [],
+        "cuda_library": str(cuda_library) if cuda_library else None,
         "threads": torch.get_num_threads(),
         "compiler": compiler,
         "cache_dir": str(_jit.cache_dir()),
@@ -115,7 +157,7 @@ def _settle():
         if _served is not None:
             return _served
         try:
-            served = _reference() if backend == "reference" else _load(_find() or _jit.compile())
+            served = _reference() if backend == "reference" else _load(_find() or _jit.compile(_kind()))
         except BuildError as error:
             served = Served(None, str(error), failure=error)
         _served = served
@@ -148,12 +190,16 @@ def _reference():
 
 def _installed():
     """Where installation leaves a library that it compiled."""
-    return _build.HERE / _jit.LIBRARY
+    return _build.HERE / _build.CpuLibrary.filename
+
+
+def _kind():
+    return _build.CpuLibrary(_build.find_compiler())
 
 
 def _find():
     """A library that fits this process, or None."""
-    return _installed() if _jit.fits(_jit.read_identity(_installed())) else _jit.cached()
+    return _installed() if _jit.fits(_installed(), _build.identity()) else _jit.cached(_kind())
 
 
 def _load(library):
@@ -179,6 +225,76 @@ def _how_compiled(library):
         return "compiled just in time: installation compiled nothing"
     differs = [name for name, value in _build.identity().items() if installed_for.get(name) != value]
     return f"compiled just in time: the library from installation differs in {', '.join(differs)}"
+
+
+def _settle_cuda():
+    """Decide what serves CUDA tensors in this process; compile if need be; warn, once, if that fails."""
+    global _served_cuda
+    backend, extension = _backend(), module()
+    with _lock:
+        if _served_cuda is not None:
+            return _served_cuda
+        try:
+            served = _without_cuda(extension is not None) or _load_cuda(
+                extension, _native_cuda.find() or _native_cuda.compile()
+            )
+        except BuildError as error:
+            served = Served(None, str(error), failure=error)
+        _served_cuda = served
+    if served.failure is not None and backend == "auto":
+        message = f"fastopt has no kernels for CUDA tensors here, torch's own serve them: {served.failure}"
+        warnings.warn(f"{message} (FASTOPT_CUDA=0 silences this)", RuntimeWarning, stacklevel=3)
+    return served
+
+
+def _without_cuda(has_extension):
+    """What serves where kernels for CUDA are not even looked for, or None."""
+    if _backend() == "reference":
+        return _reference()
+    if _build_cuda.wanted() is False:
+        return Served(None, "FASTOPT_CUDA=0")
+    if not has_extension:  # of which the user has been warned
+        return Served(None, "the library that would open the kernels cannot be used")
+    return None
+
+
+def _load_cuda(extension, library):
+    _native_cuda.open_with(extension, library)
+    return Served(extension, _native_cuda.how_compiled(library), library)
+
+
+def _peek_cuda(extension):
+    """What would serve CUDA tensors if one came, or None if that must be looked for or compiled first."""
+    global _served_cuda
+    if torch.version.cuda is None and not _build_cuda.wanted():
+        return Served(None, "this torch is built without CUDA")
+    if extension is None or not torch.cuda.is_initialized():  # which would take memory of every GPU
+        return None
+    with _lock:
+        if _served_cuda is None:
+            library = _native_cuda.find()
+            _served_cuda = _load_cuda(extension, library) if library else None
+        return _served_cuda
+
+
+def _info_of_cuda(served):
+    """A line about CUDA tensors, and the library with their kernels if one is found."""
+    extension = served.module if served else None
+    library = None
+    try:
+        cuda = _served_cuda or _without_cuda(served is None or extension is not None) or _peek_cuda(extension)
+        if cuda is None:
+            will, library = _native_cuda.outlook()
+    except BuildError as error:
+        cuda = Served(None, str(error))
+    if cuda is None:
+        line = f"not looked at yet: {will}"
+    elif cuda.module is None:
+        line = f"none: {cuda.reason}"
+    else:
+        library = cuda.library
+        line = f"native-cuda: {_native_cuda.serves(library)}, {cuda.reason}"
+    return " ".join(line.split()), library
 
 
 def _after_fork_in_child():

@@ -1,6 +1,7 @@
 """A stand-in package for the tests of building: the real build code around one tiny C++ file."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,13 +9,20 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ("_build.py", "_jit.py", "_native.py")
+RECIPE = ("_build.py", "_build_cuda.py", "_jit.py", "_native.py", "_native_cuda.py")
 TIMEOUT_S = 240
 
 TINY_MODULE = """
 #include "tiny/name.h"
+#include <dlfcn.h>
 static PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString("baseline"); }
-static PyMethodDef methods[] = {{"instruction_set", instruction_set, METH_NOARGS, ""}, {}};
+static PyObject* load_cuda(PyObject*, PyObject* path) {
+  void* library = dlopen(PyUnicode_AsUTF8(path), RTLD_NOW | RTLD_LOCAL);
+  if (library != nullptr && dlsym(library, "fastopt_cuda_library") != nullptr) Py_RETURN_NONE;
+  return PyErr_Format(PyExc_RuntimeError, "not a library of kernels");
+}
+static PyMethodDef methods[] = {
+    {"instruction_set", instruction_set, METH_NOARGS, ""}, {"load_cuda", load_cuda, METH_O, ""}, {}};
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", "", -1, methods};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 """
@@ -23,6 +31,27 @@ USE = """
     from fastopt import _native
     modules = [_native.module() for _ in range(3)]
     print(_native.info()["backend"])
+"""
+
+
+USE_CUDA = """
+    from fastopt import _native
+    print({_native.cuda() for _ in range(3)})
+"""
+
+# Says of itself what nvcc says, writes down its arguments, and has c++ compile.
+FAKE_NVCC = """
+case "$1" in
+  --version) echo 'Cuda compilation tools, release 13.0, V13.0.88'; exit ;;
+  --list-gpu-code) for n in 75 80 86 89 90 100 103 120; do echo sm_$n; done; exit ;;
+esac
+PATH={path}
+echo "$@" >> {log}
+for argument; do
+  case "$argument" in *.cu) source=$argument ;; *.o) objects="$objects $argument" ;; *.so) library=$argument ;; esac
+done
+if [ "$library" ]; then exec c++ -shared -o "$library" $objects; fi
+exec c++ -fPIC -x c++ -c "$source" -o $objects
 """
 
 
@@ -42,12 +71,55 @@ class Package:
         for name in RECIPE:
             shutil.copy(ROOT / "fastopt" / name, self.folder)
 
+    def add_cuda(self):
+        """Give it CUDA sources, and hide every nvcc of this machine from it but by PATH and CUDA_HOME."""
+        (self.root / "csrc/cuda").mkdir()
+        (self.root / "csrc/rules").mkdir()
+        (self.root / "csrc/cuda/empty.cu").write_text("// an object of its own\n")
+        (self.root / "csrc/cuda/library.cu").write_text('extern "C" const void* fastopt_cuda_library() { return 0; }\n')
+        (self.root / "bin").mkdir()
+        (self.root / "bin/c++").symlink_to(shutil.which("c++"))
+        recipe = self.folder / "_build_cuda.py"
+        text = recipe.read_text()
+        for constant, hidden in (('"/usr/local/cuda"', str(self.root / "usual")), ('"nvidia/*"', "of_pip/*")):
+            assert text.count(constant) == 1
+            text = text.replace(constant, repr(hidden))
+        recipe.write_text(text)
+
+    def add_nvcc(self, folder="bin", body=FAKE_NVCC):
+        """Put a fake nvcc into a folder of the checkout; gives its path."""
+        (self.root / folder).mkdir(parents=True, exist_ok=True)
+        log = self.root / "nvcc.log"
+        return script(self.root / folder / "nvcc", body.format(path=os.environ["PATH"], log=log))
+
+    def run_cuda(self, code=USE_CUDA, gpus=((9, 0),), torch_cuda="13.0", **env):
+        """As ``run``, on a machine with those GPUs, a torch with that CUDA, and no nvcc but those added."""
+        pretend = f"""
+            import torch
+            torch.version.cuda = {torch_cuda!r}
+            torch.cuda.device_count = {gpus!r}.__len__
+            torch.cuda.get_device_capability = {gpus!r}.__getitem__
+        """
+        env = {"PATH": str(self.root / "bin"), "FASTOPT_CUDA": "", **env}
+        return self.run(textwrap.dedent(pretend) + textwrap.dedent(code), **env)
+
+    def nvcc_calls(self):
+        """Arguments of each call of a fake nvcc that was to compile."""
+        log = self.root / "nvcc.log"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def cuda_library(self):
+        (library,) = self.cache.glob("*/_cuda.so")
+        return library
+
     def start(self, code, new_session=False, **env):
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTOPT_") and k != "LD_PRELOAD"}
+        not_ours = re.compile("FASTOPT_|NVCC_|CUDA_|TORCH_CUDA_ARCH_LIST$|LD_PRELOAD$")
+        inherited = {name: value for name, value in os.environ.items() if not not_ours.match(name)}
         ours = {
             "PYTHONPATH": str(self.root),
             "PYTHONWARNINGS": "always::RuntimeWarning",
             "FASTOPT_CACHE_DIR": str(self.cache),
+            "FASTOPT_CUDA": "0",
         }
         return subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(code)],

@@ -1,6 +1,7 @@
 """Installing and packaging, with a stand-in package."""
 
 import contextlib
+import os
 import shutil
 import tarfile
 import textwrap
@@ -8,7 +9,7 @@ import zipfile
 
 import pytest
 
-from stand_in import ROOT, USE
+from stand_in import FAKE_NVCC, ROOT, USE, USE_CUDA
 
 # The library compiled at installation
 
@@ -51,7 +52,7 @@ def project(package):
     return package
 
 
-def call_backend(package, hook, **env):
+def call_backend(package, hook, run=None, **env):
     """Run one hook of the build backend; gives the path of what it made and what it said on stderr."""
     code = f"""
         import contextlib, os, sys
@@ -60,11 +61,12 @@ def call_backend(package, hook, **env):
         import fastopt_backend
         with contextlib.redirect_stdout(sys.stderr):
             name = fastopt_backend.{hook}("dist")
-        print(name)
+        print("made", name)
     """
-    out, err = package.run(code, **env)
-    assert out, err
-    return package.root / "dist" / out.splitlines()[-1], err
+    out, err = (run or package.run)(code, **env)
+    *_, (made, _, name) = [("", "", ""), *(line.partition(" ") for line in out.splitlines())]
+    assert made == "made", err
+    return package.root / "dist" / name, err
 
 
 def csrc_files(root):
@@ -115,6 +117,68 @@ def test_wheel_and_sdist_carry_all_of_csrc(project):
         in_sdist = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"fastopt/{name}" for name in csrc_files(ROOT)} <= in_wheel
     assert csrc_files(ROOT) | {"setup.py", "LICENSE", "_backend/fastopt_backend.py"} <= in_sdist
+
+
+# The CUDA library in a wheel
+
+INFO_OF_CUDA = """
+    from fastopt import _native
+    print(_native.info()["cuda"])
+"""
+CUDA_FILES = {"fastopt/_cuda.so", "fastopt/_cuda.json"}
+
+
+@pytest.fixture
+def cuda_project(project):
+    project.add_cuda()
+    return project
+
+
+def build_cuda_wheel(project, **env):
+    """A wheel built where the only nvcc is the project's own; gives its path, the names in it, what was said."""
+    folders = [name for name in os.environ["PATH"].split(os.pathsep) if not os.path.exists(f"{name}/nvcc")]
+    wheel, err = call_backend(project, "build_wheel", project.run_cuda, **{"PATH": os.pathsep.join(folders), **env})
+    return wheel, set(zipfile.ZipFile(wheel).namelist()), err
+
+
+def test_wheel_built_with_nvcc_serves_any_gpu(cuda_project, tmp_path):
+    nvcc = cuda_project.add_nvcc("usual/bin")
+    wheel, names, _ = build_cuda_wheel(cuda_project)
+    assert {*CUDA_FILES, "fastopt/_C.json", "fastopt/csrc/cuda/library.cu"} <= names
+    assert "code=sm_80 " in cuda_project.nvcc_calls()[0]
+    assert "code=compute_80 " in cuda_project.nvcc_calls()[0]
+    os.unlink(nvcc)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    site = {"PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent/c++"}
+    out, err = cuda_project.run_cuda(USE_CUDA + INFO_OF_CUDA, gpus=((12, 1),), **site)
+    assert out.splitlines() == ["{True}", "native-cuda: sm_121, compiled at installation"]
+    assert err == ""
+
+
+def test_wheel_holds_cuda_kernels_only_where_they_are_wanted(cuda_project):
+    cuda_project.add_nvcc("usual/bin")
+    for torch_cuda, asked, expected in [(None, "1", CUDA_FILES), (None, "", set()), ("13.0", "0", set())]:
+        _, names, _ = build_cuda_wheel(cuda_project, torch_cuda=torch_cuda, FASTOPT_CUDA=asked)
+        assert names & {*CUDA_FILES, "fastopt/_C.json"} == {*expected, "fastopt/_C.json"}
+
+
+@pytest.mark.parametrize("reason", ["nvcc not found", "error: nothing works today"])
+def test_cuda_kernels_that_cannot_be_compiled_break_the_installation_only_if_forced(cuda_project, tmp_path, reason):
+    if reason.startswith("error"):
+        cuda_project.add_nvcc("usual/bin", FAKE_NVCC.replace("exec c++ -fPIC", f"echo '{reason}'; exit 1"))
+    wheel, names, err = build_cuda_wheel(cuda_project)
+    assert names & {*CUDA_FILES, "fastopt/_C.json"} == {"fastopt/_C.json", "fastopt/_cuda.json"}
+    assert "installed without CUDA kernels" in err
+    assert reason in err
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    cuda_project.add_nvcc()
+    out, _ = cuda_project.run_cuda(INFO_OF_CUDA, PYTHONPATH=str(tmp_path / "site"))
+    assert "installation could not" in out
+    assert reason in out
+    (cuda_project.root / "bin/nvcc").unlink()
+    with pytest.raises(AssertionError, match=f"(?s)Traceback.*{reason}") as caught:
+        build_cuda_wheel(cuda_project, FASTOPT_CUDA="1")
+    assert "not compiled ahead of time" not in str(caught.value)
 
 
 def test_no_requirement_makes_pip_replace_torch(project):

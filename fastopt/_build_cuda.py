@@ -1,0 +1,336 @@
+"""How the CUDA library is built: by which nvcc, for which GPUs, with which flags.
+
+The kernels know no torch and no Python: nvcc compiles them into a shared library of their own, which the extension
+opens. So one library serves every torch, and a torch without CUDA can build it. Like _build.py, this is loaded by
+setup.py without the package around it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import _build
+from ._build import BuildError
+
+SOURCE_SUFFIXES = (".cu", ".cuh", ".h")
+AHEAD_OF_TIME = (80, 86, 89, 90, 100, 120)  # what a library for unknown GPUs holds; PTX of the first serves the others
+NAMED = {  # as torch reads them
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+USUAL_TOOLKIT = "/usr/local/cuda"
+PIP_FOLDERS = "nvidia/*"  # in an entry of sys.path; one for each major version
+NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CXX")  # from the environment
+# What to do about a failure, by what nvcc printed.
+HOST_TOO_NEW = r"unsupported (GNU|clang) version"
+NO_HOST = r"Failed to preprocess host compiler"
+NO_PART = r"fatal error: \S+: No such file|(cicc|ptxas|cudafe\+\+|fatbinary|nvlink): not found|cannot find -l"
+
+
+class NoNvcc(BuildError):
+    """There is no nvcc to build with."""
+
+
+@dataclass(frozen=True)
+class Nvcc:
+    """An nvcc that answers: its path, what it says of itself, and where parts that it would not find itself are."""
+
+    command: str
+    version: str
+    include_dirs: tuple = ()
+    library_dirs: tuple = ()
+
+    @property
+    def release(self):
+        found = re.search(r"V(\d[\d.]*)", self.version)
+        return found.group(1) if found else "of unknown version"
+
+    def __str__(self):
+        return f"nvcc {self.release} ({self.command})"
+
+    def known(self):
+        """Architectures for which it compiles, ascending: 90 for sm_90."""
+        listed = _ask([self.command, "--list-gpu-code"])
+        return sorted(int(number) for number in re.findall(r"\bsm_(\d+)\b", listed))
+
+
+def wanted():
+    """What ``FASTOPT_CUDA`` asks: True for 1, False for 0, None if it leaves the choice.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = os.environ.get("FASTOPT_CUDA", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FASTOPT_CUDA must be 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+def is_wanted_for(torch_cuda):
+    """Whether to compile the kernels where torch is built with that CUDA, or with none."""
+    return torch_cuda is not None if wanted() is None else wanted()
+
+
+def find_nvcc():
+    """The nvcc of ``CUDA_HOME`` or ``CUDA_PATH``, on the path, in the usual place, or in pip's packages.
+
+    Raises:
+        NoNvcc: there is none, or none runs.
+    """
+    broken = None
+    for command, include_dirs, library_dirs in _candidates():
+        try:
+            version = _ask([command, "--version"])
+        except OSError as error:
+            broken = f"{command} cannot be run: {error.strerror}"
+            continue
+        if version:
+            return Nvcc(command, version, include_dirs, library_dirs)
+        broken = f"{command} is broken: --version fails"
+    raise NoNvcc(broken or "nvcc not found", install_nvcc())
+
+
+def install_nvcc():
+    """How to get an nvcc that suits torch."""
+    import torch
+
+    version = torch.version.cuda or "13.0"
+    toolkit = f"install the CUDA toolkit {version} and set CUDA_HOME to its folder"
+    if int(version.partition(".")[0]) < 13:  # their packages hold no nvcc
+        return toolkit
+    parts = ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+    return "pip install " + " ".join(f"'nvidia-{part}=={version}.*'" for part in parts) + f", or {toolkit}"
+
+
+def architectures(nvcc, gpus=()):
+    """What to compile for: ``sm_90`` for machine code, ``compute_90`` for PTX, which newer GPUs compile themselves.
+
+    Args:
+        nvcc: from :func:`find_nvcc`.
+        gpus: compute capabilities of the GPUs here, such as (9, 0); none for a library that serves any.
+
+    Raises:
+        BuildError: ``TORCH_CUDA_ARCH_LIST`` cannot be read or leaves out a GPU, or nvcc is too old or too new.
+    """
+    known = nvcc.known()
+    if not known:
+        raise BuildError(f"{nvcc} names no architecture", install_nvcc())
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if listed:
+        real, virtual = _parse(listed, known, nvcc)
+    elif gpus:
+        real, virtual = _for_gpus(gpus, known, nvcc)
+    else:
+        real = {number for number in AHEAD_OF_TIME if number in known} or {known[0]}
+        virtual = {min(real)}
+    archs = [f"sm_{number}" for number in sorted(real)] + [f"compute_{number}" for number in sorted(virtual)]
+    if left_out(archs, gpus):
+        raise BuildError(
+            f"TORCH_CUDA_ARCH_LIST={listed} leaves out {', '.join(left_out(archs, gpus))}, which is here",
+            "add it or unset TORCH_CUDA_ARCH_LIST",
+        )
+    return archs
+
+
+def left_out(archs, gpus):
+    """GPUs that a library of these architectures does not serve."""
+    return [f"sm_{10 * major + minor}" for major, minor in gpus if not _serves(archs, 10 * major + minor)]
+
+
+def identity():
+    """What a library must have been built from, to be loaded by the extension beside it."""
+    root = _build.csrc()
+    extension_only = [root / folder for folder in _build.SOURCE_FOLDERS]
+    files = [
+        path
+        for path in root.rglob("*")
+        if path.suffix in SOURCE_SUFFIXES and not any(folder in path.parents for folder in extension_only)
+    ]
+    return {"cuda_sources": _build.digest(root, files, [_build.__file__, __file__])}
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """The CUDA library as the cache of just-in-time builds knows it."""
+
+    nvcc: Nvcc
+    archs: tuple
+    filename = "_cuda.so"
+
+    def __str__(self):
+        return f"the CUDA kernels for {', '.join(self.archs)}"
+
+    def identity(self):
+        return identity()
+
+    def details(self):
+        """What else the identity says of a library."""
+        return {"nvcc": self.nvcc.release, "archs": list(self.archs)}
+
+    def variant(self):
+        """What else names the cache entry."""
+        nvcc = [self.nvcc.version, os.path.realpath(self.nvcc.command)]
+        return [*nvcc, list(self.archs), *map(os.environ.get, NVCC_VARIABLES)]
+
+    def compile(self, work, verbose):
+        """Path of the library, compiled in ``work``: each source to an object of its own, as many at once as fit."""
+        root = _build.csrc().resolve()
+        sources = sorted((root / "cuda").glob("*.cu"))
+        if not sources:
+            raise BuildError(f"there are no CUDA sources in {root / 'cuda'}", "install fastopt anew")
+        (work / "lib").mkdir(parents=True, exist_ok=True)
+        library, objects = work / "lib" / self.filename, [work / f"{path.stem}.o" for path in sources]
+        n_at_once = min(_max_jobs(), len(sources))
+        per_source = ["--threads", str(max(1, _max_jobs() // n_at_once))]  # architectures of one source
+        with ThreadPoolExecutor(n_at_once) as pool:
+            futures = [
+                pool.submit(self._nvcc, [*compile_flags(), *per_source, f"-I{root}", "-c", source, "-o", to], verbose)
+                for source, to in zip(sources, objects, strict=True)
+            ]
+        for future in futures:
+            future.result()
+        self._nvcc([*link_flags(), *objects, "-o", library], verbose)
+        return library
+
+    def _nvcc(self, arguments, verbose):
+        options = [f"-isystem={path}" for path in self.nvcc.include_dirs]
+        options += [f"-L{path}" for path in self.nvcc.library_dirs]
+        named = os.environ.get("CXX")
+        if named and not os.environ.get("NVCC_CCBIN"):
+            options.append(f"-ccbin={named}")
+        for arch in self.archs:
+            options += ["-gencode", f"arch=compute_{arch.partition('_')[2]},code={arch}"]
+        env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        status, log = _build.run([self.nvcc.command, *options, *map(str, arguments)], env, verbose)
+        if status != 0:
+            remedies = [
+                (HOST_TOO_NEW, "name a C++ compiler that this nvcc takes in NVCC_CCBIN"),
+                (NO_HOST, _build.INSTALL_COMPILER),
+                (NO_PART, install_nvcc()),
+            ]
+            see_all = "python -m fastopt build --verbose shows everything; FASTOPT_CUDA=0 does without CUDA kernels"
+            raise _build.explain(f"compiling the CUDA kernels failed with {self.nvcc}", log, remedies, see_all)
+
+
+def compile_flags():
+    """Flags of every source; ``FASTOPT_WERROR=1``, a developer's option, turns warnings into errors."""
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    flags.append("-Xfatbin=-compress-all")  # a tenth of the size
+    if os.environ.get("FASTOPT_WERROR") == "1":
+        flags += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
+    return flags
+
+
+def link_flags():
+    """Flags of the link. The runtime is static and stays inside: torch has loaded one of its own, maybe another."""
+    return ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL,-Bsymbolic,-z,defs"]
+
+
+def compile_ahead(library, work):
+    """Compile ``library`` at installation, if it is wanted for the torch that can be imported now.
+
+    Only ``FASTOPT_CUDA=1`` makes a failure an error; otherwise the identity beside the library says what failed.
+
+    Args:
+        library: path of the library to make.
+        work: scratch folder.
+    """
+    import torch
+
+    for left in (library, _build.identity_file(library)):
+        left.unlink(missing_ok=True)
+    if not is_wanted_for(torch.version.cuda):
+        return
+    try:
+        nvcc = find_nvcc()
+        kind = CudaLibrary(nvcc, tuple(architectures(nvcc)))
+        print(f"fastopt: compiling {kind} with {nvcc}", file=sys.stderr)
+        built_for = kind.identity()
+        shutil.copy(kind.compile(work, verbose=True), library)
+    except BuildError as error:
+        if wanted():
+            raise
+        print(f"fastopt: installed without CUDA kernels: {error}", file=sys.stderr)
+        _build.write_identity(library, {}, failure=error.reason)
+    else:
+        _build.write_identity(library, built_for, **kind.details(), sha256=_build.sha256(library))
+
+
+def _candidates():
+    """Each path where an nvcc is, with folders of headers and libraries that it would miss."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    in_homes = [os.path.join(home, "bin/nvcc") for home in homes if home]
+    for command in [*in_homes, shutil.which("nvcc"), f"{USUAL_TOOLKIT}/bin/nvcc"]:
+        if command and os.path.isfile(command):
+            yield command, (), ()
+    folders = [folder for entry in sys.path for folder in sorted(Path(entry or ".").glob(PIP_FOLDERS))]
+    for folder in folders:
+        if (folder / "bin/nvcc").is_file():
+            # Another entry may hold the rest, as in an environment on top of another; and nvcc looks in lib64 only.
+            parts = [folder, *(other for other in folders if other.name == folder.name and other != folder)]
+            include_dirs = [part / name for part in parts for name in ("include", "include/cccl")]
+            yield str(folder / "bin/nvcc"), _that_exist(include_dirs), _that_exist([part / "lib" for part in parts])
+
+
+def _that_exist(folders):
+    return tuple(str(folder) for folder in folders if folder.is_dir())
+
+
+def _ask(command):
+    """What a program answers, or nothing if it fails."""
+    process = _build.spawn(command, stderr=subprocess.DEVNULL)
+    answer = process.communicate()[0].strip()
+    return answer if process.returncode == 0 else ""
+
+
+def _max_jobs():
+    named = os.environ.get("MAX_JOBS", "")  # as torch's builds read it
+    return max(1, int(named)) if named.isdigit() else os.cpu_count() or 1
+
+
+def _serves(archs, gpu):
+    kinds = [arch.split("_") for arch in archs]
+    return any(int(number) <= gpu and (kind == "compute" or int(number) // 10 == gpu // 10) for kind, number in kinds)
+
+
+def _parse(listed, known, nvcc):
+    """Machine code and PTX of a list as torch takes it, ``8.0;9.0+PTX``; an a or f, as in 9.0a, changes nothing."""
+    real, virtual = set(), set()
+    remedy = "set TORCH_CUDA_ARCH_LIST to a list such as 8.0;9.0+PTX, or unset it"
+    for name, numbers in NAMED.items():
+        listed = listed.replace(name, numbers)
+    for word in filter(None, re.split(r"[;\s]+", listed)):
+        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
+        if found is None:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {word!r}, which is no compute capability", remedy)
+        number = int(found.group(1) + found.group(2))
+        if number not in known:
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {word}, for which {nvcc} does not compile", remedy)
+        real.add(number)
+        virtual.update([number] if found.group(3) else [])
+    if not real:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} holds no compute capability", remedy)
+    return real, virtual
+
+
+def _for_gpus(gpus, known, nvcc):
+    """Machine code of each GPU that nvcc knows, and PTX for those that are newer than it."""
+    real, virtual = set(), set()
+    for major, minor in gpus:
+        gpu = 10 * major + minor
+        older = [number for number in known if number <= gpu]
+        if not older:
+            raise BuildError(
+                f"a GPU here is sm_{gpu}, and {nvcc} compiles for sm_{known[0]} and newer",
+                "hide that GPU with CUDA_VISIBLE_DEVICES, or install an older CUDA toolkit and set CUDA_HOME",
+            )
+        (real if gpu in known else virtual).add(older[-1])
+    return real, virtual
