@@ -1,0 +1,312 @@
+// Kernels that test the shim itself: right ones, and one for each error that it is there to find.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace {
+
+constexpr unsigned kAllLanes = ~0u;
+
+int last_error() { return static_cast<int>(cudaGetLastError()); }
+
+__device__ __forceinline__ float warp_sum(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(kAllLanes, value, lanes);
+  return value;
+}
+
+// Sums each row of n values. Without its second barrier, a warp may overwrite what another has yet to read.
+template <bool kBarrierAfterWrite, bool kBarrierAfterRead>
+__global__ void __launch_bounds__(1024)
+    row_sums(const float* __restrict__ in, float* __restrict__ out, int rows, int n) {
+  __shared__ float partial[32];
+  const int warp = threadIdx.x / warpSize, lane = threadIdx.x % warpSize, warps = blockDim.x / warpSize;
+  for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) sum += __ldg(&in[row * n + i]);
+    sum = warp_sum(sum);
+    if (lane == 0) partial[warp] = sum;
+    if (kBarrierAfterWrite) __syncthreads();
+    sum = warp_sum(lane < warps ? partial[lane] : 0.0f);
+    if (kBarrierAfterRead) __syncthreads();
+    // Each warp adds its share, so that each must have read all partial sums.
+    if (lane == 0) atomicAdd(&out[row], sum / warps);
+  }
+}
+
+template <bool kBarrier>
+__global__ void reverse_in_warp(int* values) {
+  __shared__ int staged[32];
+  staged[threadIdx.x] = values[threadIdx.x];
+  if (kBarrier) __syncwarp();
+  values[threadIdx.x] = staged[31 - threadIdx.x];
+}
+
+enum Deed : int {
+  kBarrierInBranch,
+  kBarrierAndShuffle,
+  kTwoBarriers,
+  kLaneNotInMask,
+  kExitedLaneInMask,
+  kExitUnderShuffle,
+  kTwoCollectives,
+  kTwoMasks,
+  kOddWidth,
+  kTrap,
+  kAssert,
+  kOverrunDynamicShared,
+  kUnderrunDynamicShared,
+  kWritePastGlobal,
+  kReadPastStaticShared,
+  kReadPastDynamicShared,
+};
+
+// Two warps; 64 floats at `global` and in dynamic shared memory.
+__global__ void misdeed(Deed deed, volatile float* global, int one) {
+  FASTOPT_DYNAMIC_SHARED(bytes);
+  volatile float* shared = reinterpret_cast<volatile float*>(bytes);
+  __shared__ volatile float fixed[64];
+  const unsigned thread = threadIdx.x;
+  switch (deed) {
+    case kBarrierInBranch:
+      if (thread < 16) __syncthreads();
+      __syncwarp();
+      break;
+    case kBarrierAndShuffle:
+      if (thread < 16) {
+        __syncthreads();
+      } else if (thread < 32) {
+        __shfl_sync(kAllLanes, thread, 0);
+      }
+      break;
+    case kTwoBarriers:
+      if (thread < 32) {
+        __syncthreads();
+      } else {
+        __syncthreads();
+      }
+      break;
+    case kLaneNotInMask: __shfl_sync(0x0000000fu, thread, 0); break;
+    case kExitedLaneInMask:
+      if (thread < 8) return;
+      __ballot_sync(kAllLanes, 1);
+      break;
+    case kExitUnderShuffle:
+      if (thread % 32 == 31) return;
+      __shfl_down_sync(kAllLanes, thread, 1);
+      break;
+    case kTwoCollectives:
+      if (thread % 2) {
+        __shfl_sync(kAllLanes, thread, 0);
+      } else {
+        __ballot_sync(kAllLanes, 1);
+      }
+      break;
+    case kTwoMasks: __any_sync(thread % 32 == 5 ? 0x0000003fu : kAllLanes, 1); break;
+    case kOddWidth: __shfl_sync(kAllLanes, thread, 0, 24); break;
+    case kTrap:
+      if (thread == 33) __trap();
+      break;
+    case kAssert: assert(thread < 63); break;
+    case kOverrunDynamicShared: shared[thread + one] = 1.0f; break;
+    case kUnderrunDynamicShared: shared[static_cast<int>(thread) - one] = 1.0f; break;
+    case kWritePastGlobal: global[thread + one] = 1.0f; break;
+    case kReadPastStaticShared:
+      fixed[thread] = 0.0f;
+      global[thread] = fixed[thread + one];
+      break;
+    case kReadPastDynamicShared: global[thread] = shared[thread + one]; break;
+  }
+}
+
+__global__ void count_thread(unsigned* count) { atomicAdd(count, 1); }
+
+__global__ void index_threads(int* ranks) {
+  const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  atomicAdd(&ranks[block * blockDim.x * blockDim.y * blockDim.z + thread], 1);
+}
+
+__global__ void list_in_order(int* order, unsigned* n, bool blocks) {
+  order[atomicAdd(n, 1)] = static_cast<int>(blocks ? blockIdx.x : threadIdx.x);
+}
+
+__global__ void list_twice(int* order, unsigned* n) {
+  order[atomicAdd(n, 1)] = static_cast<int>(threadIdx.x);
+  if (blockDim.x == warpSize) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+  order[atomicAdd(n, 1)] = static_cast<int>(threadIdx.x);
+}
+
+struct Table {
+  int values[1000];
+};
+
+__global__ void read_table(const __grid_constant__ Table table, Table* original, int* read) {
+  original->values[999] = 2;
+  read[blockIdx.x * blockDim.x + threadIdx.x] = table.values[999];
+}
+
+// What shared memory holds when a block begins; then zeros, which the next block must not find.
+__global__ void look_at_shared(float* found) {
+  __shared__ float fixed[64];
+  FASTOPT_DYNAMIC_SHARED(bytes);
+  float* shared = reinterpret_cast<float*>(bytes);
+  const unsigned i = threadIdx.x, at = (blockIdx.x * blockDim.x + i) * 2;
+  found[at] = fixed[i];
+  found[at + 1] = shared[i];
+  fixed[i] = shared[i] = 0.0f;
+}
+
+// Only the first `n` lanes take part.
+__global__ void exchange(int kind, unsigned mask, int argument, int width, const int64_t* in, int64_t* out) {
+  const unsigned lane = threadIdx.x;
+  if (!(mask >> lane & 1)) return;
+  const int64_t value = in[lane];
+  const int small = static_cast<int>(value);
+  switch (kind) {
+    case 0: out[lane] = __shfl_sync(mask, value, argument, width); break;
+    case 1: out[lane] = __shfl_up_sync(mask, value, argument, width); break;
+    case 2: out[lane] = __shfl_down_sync(mask, value, argument, width); break;
+    case 3: out[lane] = __shfl_xor_sync(mask, value, argument, width); break;
+    case 4: out[lane] = __ballot_sync(mask, value > argument); break;
+    case 5: out[lane] = __any_sync(mask, value > argument); break;
+    case 6: out[lane] = __all_sync(mask, value > argument); break;
+    case 7: out[lane] = __reduce_add_sync(mask, small); break;
+    case 8: out[lane] = __reduce_min_sync(mask, small); break;
+    case 9: out[lane] = __reduce_max_sync(mask, small); break;
+    case 10: out[lane] = __reduce_max_sync(mask, static_cast<unsigned>(value)); break;
+    case 11: out[lane] = __reduce_xor_sync(mask, static_cast<unsigned>(value)); break;
+  }
+}
+
+// Threads from `live` on exit; the others meet in their warps, then vote.
+__global__ void vote(int live, int threshold, int* out) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread >= live) return;
+  __syncwarp();
+  out[thread * 3] = __syncthreads_count(thread < threshold);
+  out[thread * 3 + 1] = __syncthreads_and(thread < threshold);
+  out[thread * 3 + 2] = __syncthreads_or(thread < threshold);
+}
+
+__global__ void step_counters(unsigned* up, unsigned* down, unsigned bound, unsigned* seen) {
+  seen[atomicInc(up, bound)] += 1;
+  atomicDec(down, bound);
+}
+
+// The last block to finish adds what all have written.
+__global__ void sum_in_last_block(int* partial, unsigned* done, int* sum) {
+  partial[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
+  __threadfence();
+  if (atomicInc(done, gridDim.x - 1) != gridDim.x - 1) return;
+  for (unsigned i = 0; i < gridDim.x; ++i) *sum += partial[i];
+}
+
+thread_local int launches_of_this_thread = 0;
+
+}  // namespace
+
+extern "C" {
+
+int sum_rows(int kind, const float* in, float* out, int rows, int n, int blocks, int threads) {
+  ++launches_of_this_thread;
+  switch (kind) {
+    case 0: FASTOPT_LAUNCH((row_sums<true, true>), blocks, threads, 0, nullptr, in, out, rows, n); break;
+    case 1: FASTOPT_LAUNCH((row_sums<false, true>), blocks, threads, 0, nullptr, in, out, rows, n); break;
+    case 2: FASTOPT_LAUNCH((row_sums<true, false>), blocks, threads, 0, nullptr, in, out, rows, n); break;
+  }
+  return last_error();
+}
+
+int launches_here() { return launches_of_this_thread; }
+
+int reverse(int barrier, int* values) {
+  if (barrier) {
+    FASTOPT_LAUNCH(reverse_in_warp<true>, 1, 32, 0, nullptr, values);
+  } else {
+    FASTOPT_LAUNCH(reverse_in_warp<false>, 1, 32, 0, nullptr, values);
+  }
+  return last_error();
+}
+
+int do_misdeed(int deed) {
+  float* global = new float[64]();
+  FASTOPT_LAUNCH(misdeed, 1, 64, 64 * sizeof(float), nullptr, static_cast<Deed>(deed), global, 1);
+  delete[] global;
+  return last_error();
+}
+
+// Returns the error; `allowed` < 0 leaves the kernel's limit of dynamic shared memory as it is.
+int launch_shape(const unsigned* blocks, const unsigned* threads, int shared_bytes, int allowed, unsigned* count) {
+  if (allowed >= 0) {
+    const cudaError_t error = cudaFuncSetAttribute(count_thread, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+    if (error != cudaSuccess) return last_error() == error ? error : -1;
+  }
+  FASTOPT_LAUNCH(count_thread, dim3(blocks[0], blocks[1], blocks[2]), dim3(threads[0], threads[1], threads[2]),
+                 shared_bytes, nullptr, count);
+  return cudaPeekAtLastError() == cudaSuccess ? last_error() : last_error() + 1000 * cudaPeekAtLastError();
+}
+
+const char* error_name(int error) { return cudaGetErrorName(static_cast<cudaError_t>(error)); }
+
+int index_all(const unsigned* blocks, const unsigned* threads, int* ranks) {
+  FASTOPT_LAUNCH(index_threads, dim3(blocks[0], blocks[1], blocks[2]), dim3(threads[0], threads[1], threads[2]), 0,
+                 nullptr, ranks);
+  return last_error();
+}
+
+int list_order(int blocks, int threads, int* order) {
+  unsigned n = 0;
+  FASTOPT_LAUNCH(list_in_order, blocks, threads, 0, nullptr, order, &n, blocks > 1);
+  return last_error();
+}
+
+int list_order_twice(int threads, int* order) {
+  unsigned n = 0;
+  FASTOPT_LAUNCH(list_twice, 1, threads, 0, nullptr, order, &n);
+  return last_error();
+}
+
+int copy_table(int blocks, int threads, int* read) {
+  Table table{};
+  table.values[999] = 1;
+  FASTOPT_LAUNCH(read_table, blocks, threads, 0, nullptr, table, &table, read);
+  return last_error();
+}
+
+int look(int blocks, float* found) {
+  FASTOPT_LAUNCH(look_at_shared, blocks, 64, 64 * sizeof(float), nullptr, found);
+  return last_error();
+}
+
+int exchange_lanes(int kind, unsigned mask, int argument, int width, const int64_t* in, int64_t* out) {
+  FASTOPT_LAUNCH(exchange, 1, 32, 0, nullptr, kind, mask, argument, width, in, out);
+  return last_error();
+}
+
+int vote_of(int threads, int live, int threshold, int* out) {
+  FASTOPT_LAUNCH(vote, 1, threads, 0, nullptr, live, threshold, out);
+  return last_error();
+}
+
+int step(int threads, unsigned* up, unsigned* down, unsigned bound, unsigned* seen) {
+  FASTOPT_LAUNCH(step_counters, 1, threads, 0, nullptr, up, down, bound, seen);
+  return last_error();
+}
+
+int last_block(int blocks, int* partial, unsigned* done, int* sum) {
+  FASTOPT_LAUNCH(sum_in_last_block, blocks, 1, 0, nullptr, partial, done, sum);
+  return last_error();
+}
+
+int multiprocessors() {
+  int device = -1, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+}  // extern "C"
