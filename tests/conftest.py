@@ -1,11 +1,25 @@
-"""Skips tests of the kernels where the reference path serves; fixtures of the stand-in package."""
+"""Runs tables of tests on each device; skips what needs kernels without them; fixtures of the stand-in package."""
 
 import shutil
 
 import pytest
 
+import devices
 from common import is_native
 from stand_in import Holding, Package
+
+
+def pytest_generate_tests(metafunc):
+    runs_on = getattr(metafunc.module, "RUNS_ON", None)
+    if runs_on:
+        metafunc.parametrize("device", devices.params(runs_on), indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device(request):
+    """Where the module's tests run now."""
+    with devices.running_on(getattr(request, "param", devices.CPU)) as name:
+        yield name
 
 
 def pytest_collection_modifyitems(items):

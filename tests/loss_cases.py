@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common import to_device
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -115,9 +117,9 @@ class Options:
     def make_target(self, logits, dtype, seed=0):
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "probability":
-            values = torch.rand(logits.sizes, generator=generator, dtype=torch.float64)
+            values = to_device(torch.rand(logits.sizes, generator=generator, device="cpu", dtype=torch.float64))
             return (values / values.sum(_class_dim(values), keepdim=True)).to(dtype)
-        target = torch.randint(logits.n_classes, logits.positions, generator=generator)
+        target = to_device(torch.randint(logits.n_classes, logits.positions, generator=generator, device="cpu"))
         if self.ignored == "some":
             every_third = torch.arange(target.numel()).reshape(target.shape) % 3 == 1
             target = target.masked_fill(every_third, -100)
@@ -126,9 +128,10 @@ class Options:
     def make(self, logits, dtype, seed=0):
         """Target and keyword arguments of the loss; weights are exact in every dtype."""
         generator = torch.Generator().manual_seed(seed + 1)
-        weight = (
-            torch.randint(1, 9, (logits.n_classes,), generator=generator).to(dtype) / 4 if self.has_weight else None
-        )
+        weight = None
+        if self.has_weight:
+            weight = torch.randint(1, 9, (logits.n_classes,), generator=generator, device="cpu")
+            weight = to_device(weight).to(dtype) / 4
         return self.make_target(logits, dtype, seed), {
             "weight": weight,
             "ignore_index": self.ignore_index,
@@ -160,7 +163,8 @@ KINDS = [
 
 def make_values(sizes, dtype=torch.float32, seed=0, scale=3.0):
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(sizes, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    values = torch.randn(sizes, generator=generator, device="cpu", dtype=torch.float64) * scale
+    return to_device(values).to(dtype)
 
 
 def widen(value):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import fastopt
+from common import to_device
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ OPTIM_CASES = [
 
 def make_params(shapes, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)) for s in shapes]
+    values = [torch.randn(s, generator=generator, device="cpu", dtype=torch.float64) for s in shapes]
+    return [torch.nn.Parameter(to_device(v).to(dtype)) for v in values]
 
 
 def set_grads(params, seed):
     """Gradients of several magnitudes, the same for any dtype but for rounding."""
     generator = torch.Generator().manual_seed(seed)
     for i, p in enumerate(params):
-        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 10.0 ** (-(i % 4))
-        p.grad = grad.to(p.dtype)
+        grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float64) * 10.0 ** (-(i % 4))
+        p.grad = grad.to(p.device, p.dtype)

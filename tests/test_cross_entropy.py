@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import devices
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, kernel_calls, threads
 from loss_cases import KINDS, LOGITS, OPTIONS, Logits, Options, loss_and_grad, make_values, truth_of
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 
 cross_entropy = fastopt.functional.cross_entropy
 

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import devices
 import fastopt
 from common import DTYPES, assert_no_worse
 from loss_cases import KINDS, Logits, loss_and_grad, make_values, truth_of
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 cross_entropy = fastopt.functional.cross_entropy
 INF, NAN = float("inf"), float("nan")
@@ -224,7 +227,7 @@ def assert_same_outcome(args, options):
 
 
 X, T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-BAD_CALLS = [
+BAD_TARGETS = [
     ("target 5 of 5", (X, torch.tensor([0, 5, 1, 1])), {}),
     ("target -1", (X, torch.tensor([0, -1, 1, 1])), {}),
     ("target -100 when another is ignored", (X, torch.tensor([0, -100, 1, 1])), {"ignore_index": -1}),
@@ -236,6 +239,8 @@ BAD_CALLS = [
     ("target outside, one position", (X[0], torch.tensor(7)), {}),
     ("target outside in an image", (torch.randn(1, 3, 2), torch.tensor([[1, 3]])), {}),
     ("target outside in a picture", (torch.randn(1, 3, 2, 2), torch.tensor([[[1, 3], [0, 0]]])), {}),
+]
+BAD_CALLS = [
     ("int32 target", (X, T.int()), {}),
     ("uint8 target", (X, T.byte()), {}),
     ("bool target", (X, T.bool()), {}),
@@ -292,6 +297,14 @@ BAD_CALLS = [
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("args", "options"), [row[1:] for row in BAD_TARGETS], ids=[row[0] for row in BAD_TARGETS])
+def test_targets_outside_raise_as_in_torch_and_make_nan_on_a_gpu(args, options):
+    if devices.is_gpu():  # nothing waits for the device to say it
+        assert cross_entropy(*args, **options).isnan().any()
+    else:
+        assert_same_outcome(args, options)
+
+
 @pytest.mark.parametrize(("args", "options"), [row[1:] for row in BAD_CALLS], ids=[row[0] for row in BAD_CALLS])
 def test_odd_calls_end_as_in_torch(args, options):
     assert_same_outcome(args, options)
@@ -308,10 +321,18 @@ def test_what_is_no_tensor_is_refused(call):
 @pytest.mark.parametrize("bad", [-1, 100, 2**62, -(2**63)])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("n_classes", [5, 100])
-def test_a_target_outside_is_an_index_error_and_leaves_no_trace(bad, requires_grad, n_classes):
+def test_a_target_outside_is_an_index_error_or_makes_its_own_row_nan(bad, requires_grad, n_classes):
     x = make_values((300, n_classes)).requires_grad_(requires_grad)
     target = torch.zeros(300, dtype=torch.long)
     target[-1] = bad
+    if devices.is_gpu():
+        loss = cross_entropy(x, target)
+        assert loss.isnan()
+        if requires_grad:
+            loss.backward()
+            assert x.grad[-1].isnan().all()
+            assert x.grad[:-1].isfinite().all()
+        return
     with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
         cross_entropy(x, target)
     assert x.grad is None

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import devices
 from loss_cases import make_values
 from loss_helpers import T, X, assert_both_same, both, cross_entropy, make_case, options_table, shapes
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 # --- Derivatives ------------------------------------------------------------------------------------------------------
 

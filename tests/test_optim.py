@@ -7,9 +7,12 @@ import itertools
 import pytest
 import torch
 
+import devices
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, threads
 from optim_cases import OPTIM_CASES, make_params, set_grads
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 
 # Empty, one, around a vector of 16 and two, a matrix, an image kernel, several cache lines, more than one thread.
 SHAPES = [(0,), (1,), (15,), (16,), (17,), (33,), (7, 9), (4, 3, 3, 3), (1000,), (130, 129)]

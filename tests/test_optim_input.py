@@ -5,9 +5,12 @@ import warnings
 import pytest
 import torch
 
+import devices
 import fastopt
 from common import error, kernel_calls
 from optim_cases import OPTIM_CASES, make_params, set_grads
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 ids = [str(case) for case in OPTIM_CASES]
 all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)

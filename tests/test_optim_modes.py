@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import devices
 import fastopt
 from common import error, is_native
 from optim_cases import OPTIM_CASES, make_params, set_grads
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 ids = [str(case) for case in OPTIM_CASES]
 all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)

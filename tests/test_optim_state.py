@@ -10,9 +10,12 @@ import weakref
 import pytest
 import torch
 
+import devices
 import fastopt
 from common import error, kernel_calls
 from optim_cases import OPTIM_CASES, make_params, set_grads
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 SHAPES = [(7,), (5, 4), (3,), (64, 33)]
 ids = [str(case) for case in OPTIM_CASES]
