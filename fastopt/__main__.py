@@ -1,10 +1,14 @@
-"""``python -m fastopt``: the demo, what fastopt runs on here, and building its kernels ahead of use."""
+"""``python -m fastopt``: the demo, the benchmark, what fastopt runs on here, and building its kernels ahead of use."""
 
 import argparse
 import json
 import sys
 
+import torch
+
 import fastopt
+
+from . import _native
 
 
 def main(argv=None):
@@ -34,11 +38,25 @@ def _demo(args, parser):
     return cli.run(args, parser)
 
 
+def _bench_arguments(parser):
+    from .bench import cli
+
+    cli.add_arguments(parser)
+
+
+def _bench(args, parser):
+    from .bench import cli
+
+    return cli.run(args, parser)
+
+
 def _info_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _info(args, parser):
+    if torch.cuda.is_available():
+        torch.cuda.init()  # so that the CUDA kernels can be looked at
     info = fastopt.info()
     if args.json:
         print(json.dumps(info, indent=1, default=str))
@@ -57,6 +75,9 @@ def _build_arguments(parser):
 def _build(args, parser):
     try:
         print(fastopt.build(verbose=args.verbose))
+        cuda_library = _native.build_cuda()
+        if cuda_library is not None:
+            print(cuda_library)
     except RuntimeError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -66,6 +87,7 @@ def _build(args, parser):
 # Each subcommand: what adds its arguments, what runs it, and its line of help.
 COMMANDS = {
     "demo": (_demo_arguments, _demo, "train a CNN with stock torch and with fastopt, side by side"),
+    "bench": (_bench_arguments, _bench, "time fastopt beside torch and other libraries"),
     "info": (_info_arguments, _info, "tell which kernels serve here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }

@@ -1,0 +1,176 @@
+"""``python -m fastopt bench``: arguments, the run, and its exit status."""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import fastopt
+
+from . import compare, machine, plot, providers, report, runner
+from .cases import cases_for
+
+DESCRIPTION = """\
+Time fastopt beside torch's own implementations, torch.compile and other libraries that are installed. Each result is
+checked before it is timed; each case has a process of its own, in which the providers take turns. Exits with 1 if
+fastopt is wrong or does not run, with 2 on bad input."""
+
+
+def add_arguments(parser):
+    """The benchmark's arguments on ``parser``."""
+    parser.description = DESCRIPTION
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile, no long case")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--threads", type=_at_least(1), help="threads of torch and fastopt; default: torch's")
+    parser.add_argument("--rounds", type=_at_least(1), help="turns of each provider; default: what fits some 4 s")
+    parser.add_argument(
+        "--compile",
+        choices=("none", "loss", "step", "all"),
+        help="what to time torch.compile of; default: loss, or none with --quick",
+    )
+    parser.add_argument("--timeout", type=_at_least(1), default=600, metavar="S", help="default: %(default)s")
+    parser.add_argument("--list", action="store_true", help="list the cases and the bytes they must move")
+    parser.set_defaults(bench_command=None)
+    _add_outputs(parser)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    table = commands.add_parser("table", help="Markdown, README and picture from a JSON that is there")
+    table.add_argument("file", type=Path, metavar="JSON")
+    _add_outputs(table, has_json=False)
+    table.set_defaults(bench_command=_table)
+    compared = commands.add_parser("compare", help="tell what has become slower; exit with 1 if something has")
+    compared.add_argument("first", type=Path, metavar="JSON")
+    compared.add_argument("second", type=Path, metavar="JSON")
+    tolerance_help = "slowdown that is no failure; default: %(default)s"
+    compared.add_argument("--tolerance", type=float, default=0.25, metavar="SHARE", help=tolerance_help)
+    compared.set_defaults(bench_command=_compare)
+
+
+def _add_outputs(parser, has_json=True):
+    if has_json:
+        parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all numbers, after every case")
+    parser.add_argument("--png", type=_new_file, metavar="FILE", help="draw the ratios; needs matplotlib")
+    parser.add_argument("--readme", type=_readme, metavar="FILE", help=f"rewrite what is after {report.BEGIN}")
+
+
+def run(args, parser):
+    """Do what ``args`` ask for and return the exit status."""
+    if args.bench_command:
+        return args.bench_command(args, parser)
+    cases = cases_for(args.device, args.only, args.quick)
+    if not cases:
+        parser.error(f"argument --only: must be part of a case's name (see --list), got {args.only!r}")
+    if args.list:
+        for case in cases:
+            print(f"{case.name}\n    {case.working}")
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no CUDA device")
+    return _run(args, parser, cases)
+
+
+def _run(args, parser, cases):
+    n_threads = args.threads or torch.get_num_threads()
+    compiled = args.compile or ("none" if args.quick else "loss")
+    settings = runner.Settings(args.device, n_threads, args.rounds, args.quick, compiled, args.timeout)
+    one_row = torch.zeros(1, 2, device=args.device), torch.zeros(1, dtype=torch.int64, device=args.device)
+    fastopt.CrossEntropyLoss()(*one_row)  # builds the kernels if need be
+    described = machine.describe(args.device, n_threads)
+    missing = providers.not_installed(args.device)
+    print(machine.one_line(described))
+    _warn_if_busy(described)
+    print(f"not installed: {', '.join(missing) or 'none'}\n\n  {report.COLUMNS}", flush=True)
+    command = shlex.join(["python", "-m", "fastopt", "bench", *_arguments(args)])
+    told, results = None, []
+    for case in cases:
+        results.append(runner.run(case, settings))
+        print("\n".join(report.lines(results[-1])), flush=True)
+        told = report.to_dict(described, command, dataclasses.asdict(settings), missing, results)
+        if args.json:
+            report.write_json(args.json, told)
+    status = _write(args, parser, told)
+    ours = [entry for result in results for entry in result["providers"] if entry["provider"] == "fastopt"]
+    return status or int(any(entry["status"] != "timed" for entry in ours))
+
+
+def _arguments(args):
+    """The arguments that say what was measured, as they would be given again."""
+    for name in ("device", "quick", "only", "threads", "rounds", "compile"):
+        value = getattr(args, name)
+        if value is True:
+            yield f"--{name}"
+        elif value and (name, value) != ("device", "cpu"):
+            yield from (f"--{name}", str(value))
+
+
+def _warn_if_busy(described):
+    load = described["load"]
+    if load is not None and load > 0.5 * os.cpu_count():
+        print(
+            f"this machine is busy (load {load:.1f} on {os.cpu_count()} CPUs): times will tell little", file=sys.stderr
+        )
+
+
+def _write(args, parser, told):
+    try:
+        if args.readme:
+            text = args.readme.read_text(encoding="utf-8")
+            block = report.markdown(told)
+            args.readme.write_text(report.rewrite_between_markers(text, block), encoding="utf-8")
+        if args.png:
+            plot.save(args.png, told)
+    except ImportError as error:
+        print(f"{parser.prog}: no picture, for there is no matplotlib ({error})", file=sys.stderr)
+    except OSError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _table(args, parser):
+    told = _read(args.file, parser)
+    if not args.readme and not args.png:
+        print(report.markdown(told))
+    return _write(args, parser, told)
+
+
+def _compare(args, parser):
+    found = list(compare.changes(_read(args.first, parser), _read(args.second, parser)))
+    print("\n".join(compare.lines(found, args.tolerance)))
+    return int(any(change.is_failure(args.tolerance) for change in found))
+
+
+def _read(file, parser):
+    try:
+        return report.read_json(file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _at_least(lowest):
+    def integer(text):
+        value = int(text)
+        if value < lowest:
+            raise argparse.ArgumentTypeError(f"must be >= {lowest}, got {value}")
+        return value
+
+    return integer
+
+
+def _new_file(text):
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
+    return path
+
+
+def _readme(text):
+    try:
+        report.rewrite_between_markers(Path(text).read_text(encoding="utf-8"), "")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return Path(text)

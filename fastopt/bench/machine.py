@@ -1,0 +1,87 @@
+"""Describes the machine and the versions that times were taken with."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import fastopt
+
+_CPU = Path("/sys/devices/system/cpu/cpu0")
+
+
+def describe(device, n_threads):
+    """As a dict of JSON's types; None where something cannot be told."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "n_cpus": os.cpu_count(),
+        "caches": _caches(),
+        "governor": _read(_CPU / "cpufreq/scaling_governor"),
+        "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": n_threads,
+        "gpu": _gpu() if device == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "fastopt": fastopt.info(),
+    }
+
+
+def one_line(machine):
+    """The parts of a description that a reader asks for first."""
+    gpu = machine["gpu"]
+    where = f"{gpu['name']} driver {gpu['driver']}" if gpu else f"{machine['processor']}, {machine['threads']} threads"
+    backend = machine["fastopt"]["backend"]
+    commit = f" at {machine['commit']}" if machine["commit"] else ""
+    version = machine["fastopt"]["version"]
+    return f"{where}; torch {machine['torch']}, Python {machine['python']}, fastopt {version} ({backend}){commit}"
+
+
+def _processor():
+    cpuinfo = _read("/proc/cpuinfo") or ""
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _caches():
+    caches = {}
+    for index in sorted((_CPU / "cache").glob("index*")):
+        level, kind, size = (_read(index / field) for field in ("level", "type", "size"))
+        caches[f"L{level} {kind}"] = size
+    return caches or None
+
+
+def _gpu():
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "clocks": _first_line("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.memory", "--format=csv,noheader"),
+    }
+
+
+def _read(file):
+    try:
+        return Path(file).read_text().strip() or None
+    except OSError:
+        return None
+
+
+def _first_line(*command):
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = ran.stdout.strip().splitlines()
+    return lines[0] if ran.returncode == 0 and lines else None

@@ -1,0 +1,164 @@
+"""Clocks, a plain copy to hold times against, peak memory, and statistics."""
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+STRETCH_S = 30e-3  # of timed calls, after one untimed call
+MAX_CALLS = 20_000
+COPY_BYTES = 2**29  # a larger copy's time is that of so many bytes, scaled
+
+
+def spread(samples):
+    """Median, 10th and 90th percentile of some samples, interpolated."""
+    if len(samples) == 1:
+        return {"median": samples[0], "p10": samples[0], "p90": samples[0]}
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return {"median": tenths[4], "p10": tenths[0], "p90": tenths[8]}
+
+
+class CpuClock:
+    """Repeats a call for a stretch: what fits in the caches is found there."""
+
+    def plan(self, call):
+        """How many calls make a stretch, and how many seconds they take."""
+        stretch_s, n_calls = 0.0, 0
+        while stretch_s < STRETCH_S / 10 and n_calls < MAX_CALLS:
+            n_calls = max(1, 4 * n_calls)
+            stretch_s = self.time(call, n_calls)[0] * n_calls
+        seconds = stretch_s / n_calls
+        n_calls = min(MAX_CALLS, max(1, round(STRETCH_S / seconds)))
+        return n_calls, n_calls * seconds
+
+    def time(self, call, n_calls):
+        """Seconds a call, and seconds of the host a call if they are another thing."""
+        call()
+        start = time.perf_counter()
+        for _ in range(n_calls):
+            call()
+        return (time.perf_counter() - start) / n_calls, None
+
+
+class CudaClock:
+    """Times single calls by events, each with the L2 cache overwritten before it.
+
+    Overwriting also keeps the device busy while the host launches the call, so launches that the host can hide are
+    hidden, as in a training step. The host's time is that of the call itself, which waits for nothing.
+    """
+
+    def __init__(self):
+        l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self._flush = torch.empty(max(2**28, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
+
+    def plan(self, call):
+        """How many calls make a stretch, and how many seconds they take."""
+        seconds = max(self.time(call, 2))
+        n_calls = min(50, max(3, round(STRETCH_S / seconds)))
+        return n_calls, n_calls * seconds
+
+    def time(self, call, n_calls):
+        """Seconds of the device a call, and seconds of the host a call."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        call()
+        torch.cuda.synchronize()
+        device_s, host_s = [], []
+        for _ in range(n_calls):
+            self._flush.zero_()
+            begin.record()
+            start = time.perf_counter()
+            call()
+            host_s.append(time.perf_counter() - start)
+            end.record()
+            end.synchronize()  # keeps the queue short, so that the host never waits for a place in it
+            device_s.append(begin.elapsed_time(end) / 1e3)
+        return statistics.median(device_s), statistics.median(host_s)
+
+
+def clock_for(device):
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+def interleaved(calls, clock, n_rounds=None, budget_s=4.0):
+    """Times of several calls that take turns; every other round in reverse.
+
+    Args:
+        calls: call of each name.
+        n_rounds: how many, or None for as many as fit ``budget_s``: at least 3, at most 41.
+
+    Returns:
+        Of each name a list of (seconds, host seconds or None), one a round.
+    """
+    plans = {name: clock.plan(call) for name, call in calls.items()}
+    n_rounds = n_rounds or min(41, max(3, round(budget_s / sum(seconds for _, seconds in plans.values()))))
+    times = {name: [] for name in calls}
+    for index in range(n_rounds):
+        for name in list(calls)[:: -1 if index % 2 else 1]:
+            times[name].append(clock.time(calls[name], plans[name][0]))
+    return times
+
+
+class Copy:
+    """A plain copy that moves ``bytes_moved``: half of them read, half written."""
+
+    def __init__(self, bytes_moved, device):
+        self.bytes_copied = min(bytes_moved, COPY_BYTES)
+        self.scale = bytes_moved / self.bytes_copied
+        self._from = torch.ones(self.bytes_copied // 2, dtype=torch.uint8, device=device)
+        self._to = torch.ones_like(self._from)
+
+    def __call__(self):
+        self._to.copy_(self._from)
+
+
+def peak_extra_bytes(started, device):
+    """The most memory that one call holds at once beyond its inputs, gradient included; None where it cannot be told.
+
+    On CUDA what torch's allocator has handed out. On the CPU resident memory, whoever allocated it: what was resident
+    before the call, and the high-water mark that Linux keeps; after ``return_memory_at_once``.
+    """
+    started.call()
+    started.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        started.call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = _status_bytes("VmRSS")
+        started.call()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _status_bytes(field):
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def return_memory_at_once():
+    """Have glibc map every large array afresh and unmap it when freed, so that resident memory tells of arrays."""
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**17)
+
+
+def available_bytes(device):
+    """Memory that a case may take, or None where it cannot be told."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,173 @@
+"""What was found, as lines on a terminal, as JSON, and as the Markdown that a README holds."""
+
+import json
+import os
+from pathlib import Path
+
+from . import machine
+
+SCHEMA = 1
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COMPILE = "torch compile"
+COLUMNS = (
+    f"{'provider':<15} {'median_us':>11} {'p10-p90':>21} {'GB/s':>8} {'of_copy':>7} {'host_us':>9} {'extra_MB':>8}"
+)
+
+
+def summarize(result):
+    """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where there is nothing to tell.
+
+    ``ratio`` and ``ratio_to_compile`` are the other's time over fastopt's, ``of_copy`` a copy's time over fastopt's.
+    """
+    timed = {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
+    ours, compiled = timed.get("fastopt"), timed.get(COMPILE)
+    stock = [entry for name, entry in timed.items() if name.split()[0] == "torch" and name != COMPILE]
+    fastest = min(stock, key=lambda entry: entry["median_us"], default=None)
+    beside = compiled and (compiled.get("fastopt_beside_us") or (ours and ours["median_us"]))
+    return {
+        "fastest_torch": fastest and fastest["provider"],
+        "ratio": fastest["median_us"] / ours["median_us"] if fastest and ours else None,
+        "ratio_to_compile": compiled["median_us"] / beside if beside else None,
+        "of_copy": ours and ours["of_copy"],
+    }
+
+
+# Lines.
+
+
+def lines(result):
+    """A block of aligned lines, one a provider."""
+    yield f"{result['name']}  ({result['working']})"
+    copy = [result["copy"]] if result["copy"] else []
+    for entry in (*copy, *result["providers"]):
+        if entry["status"] != "timed":
+            yield f"  {entry['provider']:<15} {entry['status']}: {entry['reason']}"
+            continue
+        spread = f"{entry['p10_us']:,.1f}-{entry['p90_us']:,.1f}"
+        times = f"{entry['median_us']:>11,.1f} {spread:>21} {entry['gb_per_s']:>8.1f} {entry['of_copy']:>7.2f}"
+        host, extra = _number(entry.get("host_us"), ",.1f"), _megabytes(entry.get("extra_bytes"))
+        yield f"  {entry['provider']:<15} {times} {host:>9} {extra:>8}"
+
+
+# JSON.
+
+
+def to_dict(described, command, settings, missing, results):
+    return {
+        "schema": SCHEMA,
+        "machine": described,
+        "command": command,
+        "settings": settings,
+        "not_installed": missing,
+        "results": [{**result, **summarize(result)} for result in results],
+    }
+
+
+def write_json(file, told):
+    """Replaces ``file`` at once, so that a run cut short leaves the last whole one."""
+    draft = Path(file).with_name(f"{Path(file).name}.{os.getpid()}")
+    draft.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
+    draft.replace(file)
+
+
+def read_json(file):
+    """
+    Raises:
+        ValueError: the file is not of this version's benchmark.
+        OSError: it cannot be read.
+    """
+    told = json.loads(Path(file).read_text())
+    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+        raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
+    return told
+
+
+# Markdown.
+
+
+def markdown(told):
+    """Tables of all results, with the machine and the command above."""
+    results = told["results"]
+    parts = [f"{machine.one_line(told['machine'])}. `{told['command']}`", _main_table(results)]
+    others = [row for result in results for row in _other_rows(result)]
+    if others:
+        parts.append("| work | library | us | fastopt, us | ratio |\n|---|---|---|---|---|\n" + "\n".join(others))
+    left_out = _left_out(results, told["not_installed"])
+    if left_out:
+        parts.append("\n".join(f"- {line}" for line in left_out))
+    return "\n\n".join(parts)
+
+
+def _main_table(results):
+    has_host = any(entry.get("host_us") for result in results for entry in result["providers"])
+    heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", "to compile", "of copy"]
+    heads += ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
+    rows = [_row(result, has_host) for result in results]
+    table = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    table.insert(1, "|---" * len(heads) + "|")
+    return "\n".join(table)
+
+
+def _row(result, has_host):
+    entries = {entry["provider"]: entry for entry in result["providers"]}
+    ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
+    both = lambda key, show: f"{show(stock.get(key))}, {show(ours.get(key))}"  # noqa: E731
+    spread = f"{ours['p10_us']:,.1f}-{ours['p90_us']:,.1f}" if ours["status"] == "timed" else "-"
+    return [
+        result["name"],
+        f"{stock['median_us']:,.1f} ({stock['provider']})" if stock else "-",
+        f"{ours['median_us']:,.1f}" if ours["status"] == "timed" else f"{ours['status']}: {ours['reason']}",
+        spread,
+        f"**{result['ratio']:.2f}x**" if result["ratio"] else "-",
+        _number(result["ratio_to_compile"], ".1f", "x"),
+        _number(result["of_copy"], ".2f"),
+        *([both("host_us", lambda value: _number(value, ",.1f"))] * has_host),
+        both("extra_bytes", _megabytes),
+    ]
+
+
+def _other_rows(result):
+    ours = next(entry for entry in result["providers"] if entry["provider"] == "fastopt")
+    for entry in result["providers"]:
+        if entry["provider"].split()[0] in ("torch", "fastopt") or entry["status"] == "not run":
+            continue
+        if entry["status"] == "wrong":
+            yield f"| {result['name']} | {entry['provider']} | wrong: {entry['reason']} | - | - |"
+            continue
+        us = entry.get("fastopt_beside_us") or ours.get("median_us")
+        ratio = f"**{entry['median_us'] / us:.2f}x**" if us else "-"
+        times = f"{entry['median_us']:,.1f} | {_number(us, ',.1f')}"
+        yield f"| {result['name']} | {entry['provider']} | {times} | {ratio} |"
+
+
+def _left_out(results, missing):
+    """Each reason why a provider was not timed, once."""
+    counts = {}
+    for result in results:
+        for entry in result["providers"]:
+            if entry["status"] != "timed":
+                told = f"{entry['provider']} {entry['status']}: {entry['reason']}"
+                counts[told] = counts.get(told, 0) + 1
+    told = [f"{told} ({count} cases)" if count > 1 else told for told, count in counts.items()]
+    return told + ([f"Not installed: {', '.join(missing)}"] if missing else [])
+
+
+def rewrite_between_markers(text, block):
+    """``text`` with ``block`` between its markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(f"must hold {BEGIN} and after it {END}, once each")
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def _number(value, form, unit=""):
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _megabytes(n_bytes):
+    return "-" if n_bytes is None else f"{n_bytes / 1e6:,.1f}"
