@@ -107,10 +107,10 @@ struct Updater {
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
       const int64_t i = first + (r * kUpdateThreads + threadIdx.x) * kVector;
-      params[r] = ParamPack::load(param + i);
-      grads[r] = ParamPack::load(grad + i);
+      params[r] = ParamPack::load_global(param + i);
+      grads[r] = ParamPack::load_global(grad + i);
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) states[r][s] = StatePack::load(state[s] + i);
+      for (int s = 0; s < kStates; ++s) states[r][s] = StatePack::load_global(state[s] + i);
     }
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
@@ -119,10 +119,10 @@ struct Updater {
       for (int k = 0; k < kVector; ++k) {
         update(params[r].values[k], grads[r].values[k], &states[r][0].values[k], kVector);
       }
-      params[r].store(param + i);
-      if constexpr (kScales) grads[r].store(grad + i);
+      params[r].store_global(param + i);
+      if constexpr (kScales) grads[r].store_global(grad + i);
 #pragma unroll
-      for (int s = 0; s < kStates; ++s) states[r][s].store(state[s] + i);
+      for (int s = 0; s < kStates; ++s) states[r][s].store_global(state[s] + i);
     }
   }
 
