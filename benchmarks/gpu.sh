@@ -57,11 +57,11 @@ stage info 60 "$python" -m fastopt info
 stage tests 150 "$python" -m pytest -m cuda -q "${test_options[@]}"
 
 # Only our kernels, few tests: a sanitizer slows what it watches a hundredfold.
-read -ra sanitized <<<"${SANITIZED_TESTS:--m cuda -k sanitizer}"
+read -ra sanitized <<<"${SANITIZED_TESTS:-tests/test_cuda_sanitizer.py}"
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     stage "$tool" 50 compute-sanitizer --tool "$tool" --kernel-name kernel_substring=fastopt --error-exitcode 99 \
-      "$python" -m pytest -q "${sanitized[@]}" "${test_options[@]}"
+      "$python" -m pytest -q -m cuda "${sanitized[@]}" "${test_options[@]}"
   else
     summary+=("$tool: not run, no compute-sanitizer")
   fi
