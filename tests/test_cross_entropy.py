@@ -219,7 +219,7 @@ def check(values, logits, options, grad_output=None):
         own, other, truth = (torch.cat([v.flatten(), v.new_tensor([scale])]) for v in (own, other, truth))
         try:
             # In float64 torch is the truth, so its own error counts as 0.
-            assert_no_worse(own, other, truth, slack=32 if values.dtype == torch.float64 else 4)
+            assert_no_worse(own, other, truth, slack=64 if values.dtype == torch.float64 else 4)
         except AssertionError as error:
             raise AssertionError(f"{name} of {logits} {values.dtype} {options}: {error}") from None
 

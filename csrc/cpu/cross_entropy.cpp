@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy_tile.h"
+#include "cpu/tile_copies.h"
 
 namespace fastopt::cpu {
 namespace {
@@ -14,9 +15,11 @@ constexpr int64_t kMaxNarrowClasses = 64;
 constexpr int64_t kLogitsPerTask = 2048;
 // Logits below which another thread costs more than it saves.
 constexpr int64_t kMinLogitsPerThread = 4096;
-// Elements of a tile, so that its passes over the classes stay in the second-level cache.
+// Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
-constexpr int64_t kLanes = 16;
+constexpr int64_t kMaxRun = 512;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory of one thread that outlives a call; grows to the widest row it has seen.
 template <class T>
@@ -79,85 +82,59 @@ double run_rows(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
   return sum;
 }
 
-// A view of positions side by side: where logits and the like of (class, position) lie.
-struct TileView {
-  int64_t offset, class_stride, position_stride;
-  static TileView of(const LogitLayout& layout, int64_t outer, int64_t first) {
-    if (layout.is_rows()) return {first * layout.outer_stride, 1, layout.outer_stride};
-    return {outer * layout.outer_stride + first, layout.class_stride, 1};
+// Where a tile's positions begin, and how they lie.
+struct TilePlace {
+  int64_t offset;
+  TileView view;
+  static TilePlace of(const LogitLayout& layout, int64_t outer, int64_t first, int64_t n) {
+    if (layout.is_rows()) return {first * layout.outer_stride, {1, layout.outer_stride, layout.n_classes, n}};
+    return {outer * layout.outer_stride + first, {layout.class_stride, 1, layout.n_classes, n}};
   }
 };
 
-// `width` positions from `first` of image `outer` (of all rows, for rows), as one tile; the sum of their losses.
+// `n` positions from `first` of image `outer` (of all rows, for rows), as tiles side by side; the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_tile(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t width) {
+double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t n) {
   using T = compute_t<S>;
-  using G = gradient_t<S>;
   const int64_t n_classes = p.logits_layout.n_classes;
-  const bool is_rows = p.logits_layout.is_rows();
-  const int64_t first_position = is_rows ? first : outer * p.logits_layout.n_inner + first;
+  const int64_t first_position = p.logits_layout.is_rows() ? first : outer * p.logits_layout.n_inner + first;
 
   // Lanes past the last position compute on zeros, so that no vector is left to a scalar loop.
-  const int64_t padded = (width + kLanes - 1) / kLanes * kLanes;
-  int64_t targets[kMaxTileWidth];
-  Tile<T> tile{};
-  tile.n_classes = n_classes;
-  tile.width = width;
-  tile.ignore_index = p.ignore_index;
-  tile.target = p.target ? p.target + first_position : nullptr;
-  const auto take = [&](const void* from, const LogitLayout& layout, int slot, const T*& data, int64_t& stride) {
-    const TileView view = TileView::of(layout, outer, first);
-    const S* begin = static_cast<const S*>(from) + view.offset;
-    if constexpr (std::is_same_v<S, T>) {
-      if (view.position_stride == 1 && !is_rows) {
-        data = begin;
-        stride = view.class_stride;
-        return;
-      }
-    }
-    T* copy = scratch<T>(n_classes * padded, slot);
-    for (int64_t c = 0; c < n_classes; ++c) std::fill(copy + c * padded + width, copy + (c + 1) * padded, T(0));
-    copy_tile(begin, view.class_stride, view.position_stride, copy, padded, int64_t(1), n_classes, width);
-    data = copy;
-    stride = padded;
-    tile.width = padded;
+  const int64_t width = divide_up(n, kTileWidth) * kTileWidth;
+  T* buffer = scratch<T>(n_classes * width, 0);
+  const auto read = [&](const void* from, const LogitLayout& layout, int slot) {
+    const TilePlace place = TilePlace::of(layout, outer, first, n);
+    T* to = scratch<T>(n_classes * width, slot);
+    read_tile(static_cast<const S*>(from) + place.offset, place.view, to, width, buffer);
+    return to;
   };
-  take(p.logits, p.logits_layout, 0, tile.logits, tile.logit_stride);
-  if (p.probabilities) take(p.probabilities, p.probabilities_layout, 1, tile.probabilities, tile.probability_stride);
-  if (tile.target && tile.width != width) {
-    std::copy(tile.target, tile.target + width, targets);
-    std::fill(targets + width, targets + tile.width, p.ignore_index);
-    tile.target = targets;
-  }
-
-  const TileView grad_view = kWantsGrad ? TileView::of(p.grad_layout, outer, first) : TileView{};
-  G* grad = kWantsGrad ? static_cast<G*>(p.grad) + grad_view.offset : nullptr;
-  bool writes_in_place = false;
-  if constexpr (kWantsGrad) {
-    if constexpr (std::is_same_v<G, T>) {
-      writes_in_place = tile.width == width && grad_view.position_stride == 1 && !is_rows;
-      if (writes_in_place) {
-        tile.grad = grad;
-        tile.grad_stride = grad_view.class_stride;
-      }
-    }
-    if (!writes_in_place) {
-      tile.grad = scratch<T>(n_classes * padded, 2);
-      tile.grad_stride = padded;
-    }
-  }
-  double losses[kMaxTileWidth];
-  tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
-  if constexpr (kWantsGrad) {
-    if (!writes_in_place) {
-      copy_tile(tile.grad, padded, int64_t(1), grad, grad_view.class_stride, grad_view.position_stride, n_classes,
-                width);
-    }
-  }
+  T* values = read(p.logits, p.logits_layout, 1);
+  const T* probabilities = has_index(kTarget) ? nullptr : read(p.probabilities, p.probabilities_layout, 2);
   double sum = 0;
-  for (int64_t j = 0; j < width; ++j) {
-    if (p.losses) store(static_cast<S*>(p.losses)[first_position + j], static_cast<T>(losses[j]));
-    sum += losses[j];
+  for (int64_t i = 0; i < n; i += kTileWidth) {
+    const TilePlace ahead = TilePlace::of(p.logits_layout, outer, first + n + i, n);
+    Tile<T> tile{values + i, nullptr, width, n_classes, nullptr, p.ignore_index};
+    tile.ahead = static_cast<const S*>(p.logits) + ahead.offset;
+    tile.ahead_stride = ahead.view.class_stride * static_cast<int64_t>(sizeof(S));
+    const int64_t n_tile = std::min(kTileWidth, n - i);
+    int64_t targets[kTileWidth];
+    if constexpr (has_index(kTarget)) {
+      const int64_t* target = p.target + first_position + i;
+      std::fill(std::copy(target, target + n_tile, targets), targets + kTileWidth, p.ignore_index);
+      tile.target = targets;
+    } else {
+      tile.probabilities = probabilities + i;
+    }
+    double losses[kTileWidth];
+    tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
+    for (int64_t j = 0; j < n_tile; ++j) {
+      if (p.losses) store(static_cast<S*>(p.losses)[first_position + i + j], static_cast<T>(losses[j]));
+      sum += losses[j];
+    }
+  }
+  if constexpr (kWantsGrad) {
+    const TilePlace place = TilePlace::of(p.grad_layout, outer, first, n);
+    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer);
   }
   return sum;
 }
@@ -173,8 +150,6 @@ auto with_kind(TargetKind kind, F&& f) {
     default: return f(std::integral_constant<TargetKind, TargetKind::kIndex>{});
   }
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Threads at_most(const Threads& threads, int64_t n_elements) {
   return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.parallel_for};
@@ -225,14 +200,8 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
   const bool is_rows = layout.is_rows();
   const bool is_tiled = !is_rows || n_classes <= kMaxNarrowClasses;
   // Positions of one task: a whole number of tiles, or of rows.
-  int64_t width = 1;
-  if (is_tiled) {
-    width = std::min(std::max(kTileElements / n_classes / kLanes * kLanes, kLanes), kMaxTileWidth);
-    if (is_rows)
-      width = std::min(std::max(divide_up(kLogitsPerTask / n_classes, kLanes) * kLanes, kLanes), kMaxTileWidth);
-  } else {
-    width = std::max<int64_t>(kLogitsPerTask / n_classes, 1);
-  }
+  int64_t width = std::max<int64_t>((is_rows ? kLogitsPerTask : kTileElements) / n_classes, 1);
+  if (is_tiled) width = std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
   const int64_t n_line = is_rows ? layout.n_outer : layout.n_inner;
   const int64_t tasks_per_line = divide_up(n_line, width);
   const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
@@ -248,7 +217,7 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
           const int64_t outer = task / tasks_per_line;
           const int64_t first = (task % tasks_per_line) * width;
           const int64_t n = std::min(width, n_line - first);
-          sums[task] = is_tiled ? run_tile<S, kTarget, kWantsGrad>(p, outer, first, n)
+          sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(p, outer, first, n)
                                 : run_rows<S, kTarget, kWantsGrad>(p, first, first + n);
         });
       });

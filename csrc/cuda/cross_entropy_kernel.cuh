@@ -50,7 +50,7 @@ __device__ __forceinline__ GradientOf<compute_t<S>> finish_row(const CrossEntrop
     if (terms.weight) on *= terms.weight[target];
     sums.q_sum = kIsIndex ? A(0) : static_cast<A>(terms.spread_sum);
   }
-  loss = static_cast<T>(row_loss<A>(sums, on, target_logit, has_target, !kIsIndex));
+  loss = static_cast<T>(row_loss<A>(sums, std::log(sums.exp_sum), on, target_logit, has_target, !kIsIndex));
   const A factor = scene.scale * (sums.q_sum + on) / sums.exp_sum;
   return {static_cast<T>(sums.max), static_cast<T>(factor), scene.scale, static_cast<T>(on), has_target ? target : -1};
 }
