@@ -55,6 +55,18 @@ def module():
     return served.module
 
 
+def empty_cache():
+    """Free the CPU memory that is kept for the next large gradient, as :func:`torch.cuda.empty_cache` does for a GPU.
+
+    One block at most is kept: that of the large cross-entropy gradient which was freed last.
+
+    Returns:
+        Bytes that were freed.
+    """
+    served = _served
+    return served.module.empty_cache() if served is not None and served.module is not None else 0
+
+
 def cuda():
     """Whether kernels serve CUDA tensors. The first call, for the first CUDA tensor, may compile.
 

@@ -1,11 +1,15 @@
 #include "torch/cross_entropy.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/alias.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -38,11 +42,13 @@ at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target
 
 // --- The operators' kernels ----------------------------------------------------------------------------------------
 
+GradientMemory memory_for(bool wants_grad) { return wants_grad ? GradientMemory::kFresh : GradientMemory::kNone; }
+
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const at::Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                   double label_smoothing, bool wants_grad) {
-  auto [loss, grad] =
-      cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, wants_grad);
+  auto [loss, grad] = cross_entropy_kernel(
+      {input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, memory_for(wants_grad));
   if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
   return {loss, grad};
 }
@@ -97,7 +103,8 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
 }
 
 // The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
-// then: as with torch, they may be overwritten between forward and a plain backward.
+// then: as with torch, they may be overwritten between forward and a plain backward. In place, the gradient is computed
+// in the backward, over the logits, whose version tells of it: whoever saved them for a backward of his own raises.
 struct CrossEntropyBackward final : torch::autograd::Node {
   SavedVariable grad, input, target, weight;
   int64_t reduction = 0;
@@ -105,6 +112,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   double label_smoothing = 0;
   at::ScalarType dtype = at::kFloat;
   bool is_plain = true;           // the forward ran on an ordinary tensor, not on a traced one
+  bool is_in_place = false;       // the gradient goes over the logits
   bool is_last_backward = false;  // nothing saved is needed after the coming apply
 
   std::string name() const override { return "CrossEntropyBackward"; }
@@ -122,6 +130,8 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     if (!grad_output.defined()) return {at::Tensor()};
     if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
 
+    if (is_in_place) return {backward_in_place(grad_output)};
+
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     const at::Tensor saved = grad.unpack();
     const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone;
@@ -132,6 +142,19 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   }
 
  private:
+  at::Tensor backward_in_place(const at::Tensor& grad_output) {
+    const at::Tensor logits = input.unpack(), indices = target.unpack(), weights = weight.unpack();
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
+    auto grad = std::get<1>(cross_entropy_kernel({logits, indices, weights.defined() ? &weights : nullptr, reduction,
+                                                  ignore_index.expect_int(), label_smoothing},
+                                                 GradientMemory::kLogits, number.value_or(1)));
+    if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
+    if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
+    torch::autograd::increment_version(logits);
+    return grad;
+  }
+
   // Of torch's own composite, so that any further derivative exists.
   at::Tensor differentiable_backward(const at::Tensor& grad_output) {
     at::Tensor logits = input.unpack();
@@ -161,8 +184,14 @@ bool needs_composite(const at::Tensor& input) {
          input._fw_grad(/*level=*/0).defined();
 }
 
-at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+// In-place work on memory that autograd or others do not expect to change raises what torch raises of it.
+void check_may_overwrite(const at::Tensor& input) {
+  torch::autograd::check_inplace(input, /*requires_grad=*/true);
+  at::assert_no_internal_overlap(input);
+}
+
+at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place) {
   const bool is_plain = backend_of(input) != Backend::kNone;
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
@@ -172,11 +201,13 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
     return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
   }
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
+  is_in_place &= wants_grad && is_plain;
+  if (is_in_place) check_may_overwrite(input);
   at::Tensor loss, grad;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_plain && number) {
-      std::tie(loss, grad) = cross_entropy_kernel(arguments, wants_grad);
+      std::tie(loss, grad) = cross_entropy_kernel(arguments, memory_for(wants_grad && !is_in_place));
     } else {
       std::tie(loss, grad) = call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad);
     }
@@ -193,8 +224,14 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
   node->label_smoothing = label_smoothing;
   node->dtype = input.scalar_type();
   node->is_plain = is_plain;
+  node->is_in_place = is_in_place;
   torch::autograd::set_history(loss, node);
   return loss;
+}
+
+at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  return differentiable(input, target, weight, reduction, std::move(ignore_index), label_smoothing, false);
 }
 
 at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
@@ -204,18 +241,21 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
   if (!kernel_takes(arguments)) {
     return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
   }
-  return std::get<0>(cross_entropy_kernel(arguments, /*wants_grad=*/false));
+  return std::get<0>(cross_entropy_kernel(arguments, GradientMemory::kNone));
 }
 
-// The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it.
+// The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it, a profiler too.
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, int64_t ignore_index, double label_smoothing) {
+                               int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const auto is_quiet = [&](c10::DispatchKeySet plain) { return (tls.included_ | plain) == plain; };
+  const auto is_quiet = [&](c10::DispatchKeySet plain) {
+    plain = plain | c10::default_included_set;
+    return (tls.included_ | plain) == plain;
+  };
   const bool is_cpu = is_plain_cpu(input);
   if (backend_of(input) != Backend::kNone && is_quiet(is_cpu ? kPlainCpu : kPlainCuda) &&
-      !at::autocast::is_autocast_enabled(is_cpu ? at::kCPU : at::kCUDA)) {
-    return cross_entropy_autograd(input, target, weight, reduction, ignore_index, label_smoothing);
+      !at::autocast::is_autocast_enabled(is_cpu ? at::kCPU : at::kCUDA) && (inplace_backward || !at::hasCallbacks())) {
+    return differentiable(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward);
   }
   return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
 }

@@ -1,5 +1,6 @@
 #include "torch/cross_entropy_kernel.h"
 
+#include <ATen/ops/alias.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -9,7 +10,7 @@
 #include "cpu/cross_entropy.h"
 #include "torch/context.h"
 #include "torch/cross_entropy_cuda.h"
-#include "torch/huge_pages.h"
+#include "torch/large_arrays.h"
 
 namespace fastopt {
 namespace {
@@ -85,7 +86,7 @@ c10::SmallVector<int64_t, 6> strides_if_contiguous(at::IntArrayRef sizes) {
 
 // Memory for an array of the size of the logits.
 at::Tensor empty_like_logits(const at::Tensor& logits, at::IntArrayRef strides, at::ScalarType dtype) {
-  if (logits.is_cpu()) return empty_on_huge_pages(logits.sizes(), strides, dtype);
+  if (logits.is_cpu()) return empty_large(logits.sizes(), strides, dtype);
   return at::empty_strided(logits.sizes(), strides, logits.options().requires_grad(false).dtype(dtype));
 }
 
@@ -124,7 +125,8 @@ bool kernel_takes(const CrossEntropyArguments& a) {
          (!a.weight || backend_of(*a.weight) == backend) && fits_kernel(a);
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, bool wants_grad) {
+std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
+                                                        double factor) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
   const bool has_indices = a.target.scalar_type() == at::kLong;
   const bool is_half = a.input.scalar_type() == at::kHalf;
@@ -149,11 +151,14 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   problem.logits_layout = *layout;
   problem.logits = input.const_data_ptr();
   at::Tensor grad;
-  if (wants_grad) {
+  if (memory == GradientMemory::kLogits && input.is_same(a.input) && !is_half) {
+    grad = input.alias();
+    problem.grad_layout = *layout;
+  } else if (memory != GradientMemory::kNone) {
     grad = empty_like_logits(input, strides, is_half ? at::kFloat : input.scalar_type());
     problem.grad_layout = *dense_layout;
-    problem.grad = grad.mutable_data_ptr();
   }
+  if (grad.defined()) problem.grad = grad.mutable_data_ptr();
 
   // The target, in the order of the positions.
   at::Tensor target = a.target;
@@ -201,7 +206,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   }
   // 0 / 0, whatever is smoothed over other classes.
   if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();
-  problem.grad_scale = a.reduction == at::Reduction::Mean ? 1 / denominator : 1;
+  problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
 
   at::Tensor loss;
   const auto options = a.input.options().requires_grad(false);

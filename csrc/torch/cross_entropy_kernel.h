@@ -24,8 +24,14 @@ bool fits_kernel(const CrossEntropyArguments& arguments);
 // Whether the kernel takes these tensors. What it does not take, valid or not, is for torch's own cross-entropy.
 bool kernel_takes(const CrossEntropyArguments& arguments);
 
-// Loss, and gradient of the reduced loss with respect to input if wanted (undefined if not); of each row's own loss for
-// reduction none. The gradient is float32 for float16 input. Raises IndexError for a target that is not a class.
-std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, bool wants_grad);
+// Where a gradient goes: nowhere, into memory of its own, or over the logits.
+enum class GradientMemory : int8_t { kNone, kFresh, kLogits };
+
+// Loss, and `factor` times the gradient of the reduced loss with respect to input if wanted (undefined if not); of each
+// row's own loss for reduction none; `factor` is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input.
+// Over the logits it goes only where they can be walked as they lie and have the gradient's dtype. Raises IndexError
+// for a target that is not a class.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
+                                                        double factor = 1);
 
 }  // namespace fastopt

@@ -6,6 +6,7 @@
 #include "torch/context.h"
 #include "torch/cross_entropy.h"
 #include "torch/cuda_library.h"
+#include "torch/large_arrays.h"
 #include "torch/step_plan.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
@@ -17,6 +18,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });
+  module.def("empty_cache", &fastopt::release_kept_block);
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cuda_library(module);
   fastopt::bind_step_plans(module);

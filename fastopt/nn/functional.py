@@ -21,6 +21,7 @@ def cross_entropy(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""Cross-entropy of logits against class indices or class probabilities; loss and gradient in one sweep.
 
@@ -41,6 +42,9 @@ def cross_entropy(
         ignore_index: class index of targets that count for nothing. Default: -100
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: in [0, 1]. Default: 0.0
+        inplace_backward: let the backward write the gradient over ``input``, which then needs no memory of its own;
+            ``input`` holds its values until then. A request: where a kernel cannot, under ``torch.compile`` and on the
+            reference path, the gradient has its own memory. Default: False
 
     Returns:
         Scalar, or the shape of the indices if ``reduction="none"``; dtype of ``input``.
@@ -49,6 +53,8 @@ def cross_entropy(
         ValueError, RuntimeError: shapes, dtypes or options disagree, as torch.
         IndexError: a target is neither a class nor ``ignore_index``; nothing is read out of bounds. On a GPU, which
             nothing waits for, the loss is NaN instead, and so is that target's row of the gradient.
+        RuntimeError: with ``inplace_backward``, what an in-place operation on ``input`` would raise: it is a leaf that
+            requires grad, or overlaps itself; and in the backward, if someone else saved the overwritten values.
 
     Source: online maximum and sum: Milakov & Gimelshein, arXiv:1805.02867, 2018, algorithm 3.
     """
@@ -70,10 +76,11 @@ def cross_entropy(
             reduce=reduce,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            inplace_backward=inplace_backward,
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward)
 
 
 @torch.jit.unused
@@ -84,6 +91,7 @@ def _cross_entropy(
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
+    inplace_backward: bool,
 ) -> Tensor:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.ops.fastopt.cross_entropy(
@@ -95,5 +103,18 @@ def _cross_entropy(
         )
     library = _native.module()
     if library is None:
+        if inplace_backward:
+            _check_may_overwrite(input)
         return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return library.cross_entropy(input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
+    return library.cross_entropy(
+        input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
+    )
+
+
+def _check_may_overwrite(input):
+    """What the kernels refuse to overwrite, though here nothing is overwritten."""
+    if torch.is_grad_enabled() and input.requires_grad:
+        if input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        if input._base is not None and input._base.is_leaf and input._base.requires_grad:
+            raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")

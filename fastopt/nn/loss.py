@@ -14,11 +14,28 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: share of each target that is spread over all classes, in [0, 1]. Default: 0.0
         size_average, reduce: deprecated, as in torch.
+        inplace_backward: keyword only; see :func:`fastopt.functional.cross_entropy`. Default: False
 
     Shape:
         input: (C,), (N, C) or (N, C, d1, ...); target: its shape without C (class indices), or its shape
         (class probabilities); result: a scalar, or the shape of the indices if reduction is "none".
     """
+
+    inplace_backward: bool = False  # of modules that were pickled before there was one, too
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(
@@ -28,4 +45,5 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            inplace_backward=self.inplace_backward,
         )
