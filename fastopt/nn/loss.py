@@ -1,5 +1,7 @@
 """Losses as modules."""
 
+from typing import Any
+
 import torch
 
 from . import functional
@@ -14,11 +16,26 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: share of each target that is spread over all classes, in [0, 1]. Default: 0.0
         size_average, reduce: deprecated, as in torch.
+        process_group: processes that share the classes, see :func:`fastopt.functional.cross_entropy`. Default: None
 
     Shape:
         input: (C,), (N, C) or (N, C, d1, ...); target: its shape without C (class indices), or its shape
         (class probabilities); result: a scalar, or the shape of the indices if reduction is "none".
     """
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        process_group: Any | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.process_group = process_group
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(
@@ -28,4 +45,5 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            process_group=self.process_group,
         )
