@@ -193,7 +193,7 @@ EVERY_OPTIMIZER = ("ddp", "fsdp2", "tensor_parallel", "zero")
 CHECKS = {
     f"{mode_name}/{name}/float64": Check(functools.partial(check_mode, mode, name, torch.float64), mode.n_processes)
     for mode_name, mode in MODES.items()
-    for name in (OPTIMIZERS if mode_name in EVERY_OPTIMIZER else ("momentum", "adam"))
+    for name in (OPTIMIZERS if mode_name in EVERY_OPTIMIZER else ("adam",))
 }
 MIXED_MODE = Mode(functools.partial(shard_all, mp_policy=MIXED))
 for mode_name, mode in (("ddp", MODES["ddp"]), ("fsdp2", MODES["fsdp2"]), ("fsdp2-mixed_precision", MIXED_MODE)):
