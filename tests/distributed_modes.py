@@ -191,7 +191,10 @@ MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 
 EVERY_OPTIMIZER = ("ddp", "fsdp2", "tensor_parallel", "zero")
 CHECKS = {
-    f"{mode_name}/{name}/float64": Check(functools.partial(check_mode, mode, name, torch.float64), mode.n_processes)
+    f"{mode_name}/{name}/float64": Check(
+        functools.partial(check_mode, mode, name, torch.float64),
+        mode.n_processes if name == "adam" or mode_name == "fsdp2" else (2,),
+    )
     for mode_name, mode in MODES.items()
     for name in (OPTIMIZERS if mode_name in EVERY_OPTIMIZER else ("adam",))
 }

@@ -10,15 +10,18 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import distributed_checkpoints
 import distributed_loss
 import distributed_modes
+import distributed_steps
 
 TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: an error in one process must not hang the others
-CHECKS = {**distributed_modes.CHECKS, **distributed_loss.CHECKS, **distributed_checkpoints.CHECKS}
+TABLES = (distributed_modes, distributed_steps, distributed_loss, distributed_checkpoints)
+CHECKS = {name: check for table in TABLES for name, check in table.CHECKS.items()}
 
 
 def names(n_processes):
@@ -33,7 +36,7 @@ def main(folder):
     for name in names(dist.get_world_size()):
         try:
             result = CHECKS[name].run(folder)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             result = {"error": traceback.format_exc()[-3000:]}
         by_rank = [None] * dist.get_world_size()
         dist.all_gather_object(by_rank, result)
