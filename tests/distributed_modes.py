@@ -105,7 +105,6 @@ MODES = {
     "ddp": Mode(DistributedDataParallel),
     "ddp-no_sync": Mode(DistributedDataParallel, n_micro_batches=2, hold_gradients=lambda model: model.no_sync()),
     "ddp-clip": Mode(DistributedDataParallel, max_norm=0.05),
-    "ddp-bucket_view": Mode(functools.partial(DistributedDataParallel, gradient_as_bucket_view=True)),
     "fsdp1": Mode(functools.partial(FullyShardedDataParallel, use_orig_params=True, device_id=torch.device("cpu"))),
     "fsdp2": Mode(shard_all),
     "fsdp2-no_sync": Mode(shard_all, n_micro_batches=2, hold_gradients=hold_fsdp),

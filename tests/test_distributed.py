@@ -15,9 +15,13 @@ import distributed_worker
 from common import is_native
 from devices import ROOT
 from distributed_modes import N_STEPS
-from fastopt.demo import data, train
+from fastopt.__main__ import main
+from fastopt.demo import data, processes, train
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
+]
 
 LAUNCH_TIMEOUT_S = 300
 # Of float64 parameters of about 1: roundings of 20 steps, where Adam and RMSprop divide by small square roots.
@@ -74,8 +78,7 @@ def test_the_demo_of_two_processes_is_the_demo_of_one(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = train.Config("lenet", steps=6, batch_size=32)
     options = ["--model", "lenet", "--steps", "6", "--batch-size", "32", "--optimizer", "adam", "--quiet"]
-    module = ["-m", "fastopt", "demo"]
-    code, out, err = torchrun(2, *module, *options, "--json", "out.json", folder=tmp_path)
+    code, out, err = torchrun(2, "-m", "fastopt", "demo", *options, "--json", "out.json", folder=tmp_path)
     assert code == 0, out + err
     assert out.count("Parity holds.") == 1, "one process speaks for all"
     assert "batch 32 shared by 2 processes" in out
@@ -87,6 +90,10 @@ def test_the_demo_of_two_processes_is_the_demo_of_one(tmp_path, monkeypatch):
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["accuracy_percent"] == pytest.approx(expected["accuracy_percent"], abs=0.2)
 
-    code, _, err = torchrun(2, *module, *options[:4], "--batch-size", "33", folder=tmp_path)
-    assert code != 0
-    assert "must be a multiple of the 2 processes, got 33" in err
+
+def test_a_batch_that_processes_cannot_share_equally_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(data, "load", lambda *_, **__: data.draw(100, 10))
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--batch-size", "33"])
+    assert "must be a multiple of the 2 processes, got 33" in capsys.readouterr().err
