@@ -10,13 +10,14 @@ import torch
 
 import fastopt
 
-from . import data, plot, report, train
+from . import data, plot, processes, report, train
 from .models import MODELS
 from .progress import Progress
 
 DESCRIPTION = """\
 Train a CNN on handwritten digits twice from one seed, with stock torch and with fastopt, and compare losses, test
-accuracy and the time of each part of a step. Exits with 1 if the two trainings do not agree, with 2 on bad input."""
+accuracy and the time of each part of a step. Exits with 1 if the two trainings do not agree, with 2 on bad input.
+Launched by torchrun with several processes, each trains on its share of every batch, and the first one reports."""
 
 DATA_HELP = """\
 folder of the four IDX files of MNIST, packed or not, in it, in raw or in MNIST/raw; without it $FASTOPT_DATA, ./data,
@@ -53,34 +54,52 @@ def add_arguments(parser):
 
 def run(args, parser):
     """Train, report, and return the exit status: 0 if parity holds, 1 if not, 2 if the data cannot be used."""
+    with processes.joined(args.device) as args.device:
+        return _run(args, parser)
+
+
+def _run(args, parser):
+    is_first = processes.rank() == 0
     if args.data and not args.download and not args.data.is_dir():
         parser.error(f"argument --data: must be a directory, got {str(args.data)!r}")
     try:
-        digits = data.load(args.data, download=args.download)
+        with processes.first_before_others():
+            digits = data.load(args.data, download=args.download)
     except data.DataError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     n_train = len(digits.train.labels)
     if args.batch_size > n_train:
         parser.error(f"argument --batch-size: must be at most the {n_train} training images, got {args.batch_size}")
+    if args.batch_size % processes.count():
+        parser.error(
+            f"argument --batch-size: must be a multiple of the {processes.count()} processes, got {args.batch_size}"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     config = _config(args, n_train)
     fastopt.CrossEntropyLoss()(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # builds the kernels if need be
     info = fastopt.info()
-    print("\n".join(report.describe(config, digits, info)), flush=True)
+    if is_first:
+        print("\n".join(report.describe(config, digits, info)), flush=True)
 
     comparisons = []
     for name in train.OPTIMIZERS if args.optimizer == "all" else (args.optimizer,):
-        progress = Progress(name, config.steps, quiet=args.quiet)
+        progress = Progress(name, config.steps, quiet=args.quiet or not is_first)
         comparisons.append(train.compare(name, config, digits, progress.step))
+    if not is_first:
+        return _status(comparisons)
     status = _write_files(args, parser, config, digits, comparisons, info)  # first: a closed pipe must not lose them
     print("\n" + report.tables(comparisons))
     return status
 
 
+def _status(comparisons):
+    return 0 if all(outcome.parity.ok for outcome in comparisons) else 1
+
+
 def _write_files(args, parser, config, digits, comparisons, info):
-    status = 0 if all(outcome.parity.ok for outcome in comparisons) else 1
+    status = _status(comparisons)
     try:
         if args.json:
             args.json.write_text(report.to_json(config, digits, comparisons, info) + "\n")

@@ -114,9 +114,9 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
     return Verdict(
         ok=not reasons,
         reasons=tuple(reasons),
-        max_loss_error=_largest(shadow.loss_errors),
-        max_update_error=_largest(shadow.update_errors),
-        max_loss_difference=_largest(abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)),
+        max_loss_error=largest(shadow.loss_errors),
+        max_update_error=largest(shadow.update_errors),
+        max_loss_difference=largest(abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)),
         end_loss_difference=end,
         accuracy_difference_percent=accuracy,
     )
@@ -130,7 +130,7 @@ def _first(values, condition):
     return next((index for index, value in enumerate(values) if condition(value)), None)
 
 
-def _largest(values):
+def largest(values):
     """The largest; NaN if any is NaN, which ``max`` would lose or keep by its place."""
     values = list(values)
     return math.nan if any(math.isnan(value) for value in values) else max(values)

@@ -11,7 +11,7 @@ import torch
 
 import fastopt
 
-from . import parity
+from . import parity, processes
 
 COLUMNS = ("forward", "loss", "backward", "optimizer", "step")
 SPEEDUP_ROW = "torch/fastopt"
@@ -33,8 +33,10 @@ the forward pass, so some of what torch does in backward is in its loss: look at
 
 def describe(config, digits, info):
     """Lines that say what is compared with what, on which data and machine."""
+    n_processes = processes.count()
+    batch = f"batch {config.batch_size}" + (f" shared by {n_processes} processes" if n_processes > 1 else "")
     return [
-        f"model      {config.model}, batch {config.batch_size}, {config.steps} steps, seed {config.seed}, float32",
+        f"model      {config.model}, {batch}, {config.steps} steps, seed {config.seed}, float32",
         f"data       {digits.source}, {len(digits.train.labels)} to train on, {len(digits.test.labels)} to test, "
         f"by {digits.reader}",
         f"torch      {torch.__version__}, torch.optim {STOCK[config.stock]}, torch.nn.CrossEntropyLoss",
@@ -86,6 +88,7 @@ def to_json(config, digits, comparisons, info):
         "machine": {"processor": processor(), "platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "fastopt": version()},
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "fastopt": info,
         "criterion": parity.CRITERION,
         "parity": all(outcome.parity.ok for outcome in comparisons),

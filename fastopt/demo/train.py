@@ -10,7 +10,7 @@ import torch
 
 import fastopt
 
-from . import models, parity
+from . import models, parity, processes
 
 PARTS = ("forward", "loss", "backward", "optimizer")
 N_WARMUP_STEPS = 5  # at most this many first steps, and at most half of all, count in no median
@@ -99,7 +99,7 @@ class Comparison:
 
 
 def compare(name, config, digits, progress=lambda: None):
-    """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`.
+    """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`; of all processes, if there are several.
 
     In the first steps fastopt also shadows torch, to tell a difference from chaos: see :mod:`fastopt.demo.parity`.
 
@@ -117,15 +117,16 @@ def compare(name, config, digits, progress=lambda: None):
     def our_optimizer(model):
         return getattr(fastopt, case.name)(model.parameters(), **arguments)
 
-    model = copy.deepcopy(start)
+    model = processes.parallel(copy.deepcopy(start))
     optimizer = getattr(torch.optim, case.name)(model.parameters(), **arguments, **stock_arguments)
     theirs = Side(model, torch.nn.CrossEntropyLoss(), optimizer)
-    model = copy.deepcopy(start)
+    model = processes.parallel(copy.deepcopy(start))
     ours = Side(model, fastopt.CrossEntropyLoss(), our_optimizer(model))
     shadow = parity.Shadow(start, our_optimizer(start), ours.loss, theirs.loss)
 
     clock = _clock(device)
-    for step, rows in enumerate(_batches(len(digits.train.labels), config)):
+    for step, batch in enumerate(_batches(len(digits.train.labels), config)):
+        rows = processes.share(batch)
         images = digits.normalize(digits.train.images[rows].to(device))
         labels = digits.train.labels[rows].to(device)
         for side in (theirs, ours) if step % 2 == 0 else (ours, theirs):
@@ -133,6 +134,7 @@ def compare(name, config, digits, progress=lambda: None):
             if side is theirs and step < parity.N_CHECKED_STEPS:
                 shadow.check(list(theirs.model.parameters()), logits, labels)
         progress()
+    _exchange(theirs, ours, shadow)
 
     outcomes = [
         {
@@ -155,14 +157,25 @@ def compare(name, config, digits, progress=lambda: None):
     )
 
 
+def _exchange(theirs, ours, shadow):
+    """What each process saw of its share becomes what all saw: mean losses, largest errors."""
+    for side in (theirs, ours):
+        losses = processes.gathered(side.losses)
+        side.losses = [sum(parts) / len(parts) for parts in zip(*losses, strict=True)]
+    for errors in (shadow.loss_errors, shadow.update_errors):
+        errors[:] = map(parity.largest, zip(*processes.gathered(errors), strict=True))
+
+
 def accuracy_percent(model, digits, device):
     """Share of the test images that ``model`` names right."""
     n_right = 0
+    model = getattr(model, "module", model)
+    parts = list(zip(digits.test.images.split(1000), digits.test.labels.split(1000), strict=True))
     with torch.inference_mode():
-        for images, labels in zip(digits.test.images.split(1000), digits.test.labels.split(1000), strict=True):
+        for images, labels in processes.share(parts):
             predicted = model(digits.normalize(images.to(device))).argmax(1)
             n_right += (predicted == labels.to(device)).sum().item()
-    return 100 * n_right / len(digits.test.labels)
+    return 100 * sum(processes.gathered(n_right)) / len(digits.test.labels)
 
 
 def _stock(class_name, config):

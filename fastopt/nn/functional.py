@@ -1,12 +1,14 @@
 """Losses as functions."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _native, reference
+from . import vocab_parallel
 
 # Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -22,6 +24,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     inplace_backward: bool = False,
+    process_group: Any | None = None,
 ) -> Tensor:
     r"""Cross-entropy of logits against class indices or class probabilities; loss and gradient in one sweep.
 
@@ -45,6 +48,8 @@ def cross_entropy(
         inplace_backward: let the backward write the gradient over ``input``, which then needs no memory of its own;
             ``input`` holds its values until then. A request: where a kernel cannot, under ``torch.compile`` and on the
             reference path, the gradient has its own memory. Default: False
+        process_group: processes that share the classes, each with ``input`` and ``weight`` of its own classes and all
+            with the same ``target``. See :mod:`fastopt.nn.vocab_parallel`. Default: None
 
     Returns:
         Scalar, or the shape of the indices if ``reduction="none"``; dtype of ``input``.
@@ -59,10 +64,18 @@ def cross_entropy(
     Source: online maximum and sum: Milakov & Gimelshein, arXiv:1805.02867, 2018, algorithm 3.
     """
     if torch.jit.is_scripting():
+        if process_group is not None:
+            raise RuntimeError("process_group is not for TorchScript")
         if size_average is not None or reduce is not None:
             reduction = _reduction.legacy_get_string(size_average, reduce)
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+        )
+    if process_group is not None:
+        if size_average is not None or reduce is not None:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
+        return vocab_parallel.cross_entropy(
+            input, target, process_group, weight, reduction, ignore_index, label_smoothing
         )
     if has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
@@ -98,9 +111,7 @@ def _cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
     if not (input.is_cpu or (input.is_cuda and _native.cuda())) or type(input) not in _PLAIN_TYPES:
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+        return vocab_parallel.torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     library = _native.module()
     if library is None:
         if inplace_backward:

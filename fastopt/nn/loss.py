@@ -1,5 +1,7 @@
 """Losses as modules."""
 
+from typing import Any
+
 import torch
 
 from . import functional
@@ -14,14 +16,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: share of each target that is spread over all classes, in [0, 1]. Default: 0.0
         size_average, reduce: deprecated, as in torch.
-        inplace_backward: keyword only; see :func:`fastopt.functional.cross_entropy`. Default: False
+        inplace_backward: see :func:`fastopt.functional.cross_entropy`. Default: False
+        process_group: processes that share the classes, see :func:`fastopt.functional.cross_entropy`. Default: None
 
     Shape:
         input: (C,), (N, C) or (N, C, d1, ...); target: its shape without C (class indices), or its shape
         (class probabilities); result: a scalar, or the shape of the indices if reduction is "none".
     """
 
-    inplace_backward: bool = False  # of modules that were pickled before there was one, too
+    # Of modules that were pickled before there were these, too.
+    inplace_backward: bool = False
+    process_group = None
 
     def __init__(
         self,
@@ -33,9 +38,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
         *,
         inplace_backward: bool = False,
+        process_group: Any | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
+        self.process_group = process_group
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(
@@ -46,4 +53,5 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             inplace_backward=self.inplace_backward,
+            process_group=self.process_group,
         )

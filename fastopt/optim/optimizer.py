@@ -8,6 +8,7 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
+from .shards import shards_of
 
 
 class FusedOptimizer(Optimizer):
@@ -19,6 +20,8 @@ class FusedOptimizer(Optimizer):
     2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
        without kernels for it, and while ``torch.compile`` traces.
+
+    DTensor parameters take these roads with their local shards, see :mod:`fastopt.optim.shards`.
 
     A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
     """
@@ -60,11 +63,14 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._update_natively():
-            self._update_otherwise()
+        self._update()
         return loss
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
+
+    def _update(self):
+        if not self._update_natively():
+            self._update_otherwise()
 
     def _update_natively(self):
         plan = self._plan
@@ -85,6 +91,10 @@ class FusedOptimizer(Optimizer):
     @torch.no_grad()
     def _update_otherwise(self):
         """First steps, whose state must be made, and all that the kernels refuse."""
+        shards = shards_of(self)
+        if shards is not None:
+            shards.step()
+            return
         devices = self._devices()
         if devices is None or ("cuda" in devices and not _native.cuda()):
             self._torch_step()
