@@ -6,11 +6,24 @@ Importing compiles nothing and prints nothing; the first use of a kernel finds o
 from . import _ops, optim
 from . import nn as nn
 from ._native import build, info
+from .convert import convert_state_dict
 from .nn import CrossEntropyLoss, functional
 from .optim import SGD, Adam, AdamW, RMSprop
 
 __version__ = "0.1.0"
 
-__all__ = ["SGD", "Adam", "AdamW", "CrossEntropyLoss", "RMSprop", "build", "functional", "info", "nn", "optim"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "CrossEntropyLoss",
+    "RMSprop",
+    "build",
+    "convert_state_dict",
+    "functional",
+    "info",
+    "nn",
+    "optim",
+]
 
 _ops.define()
