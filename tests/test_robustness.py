@@ -1,6 +1,7 @@
 """Long runs, threads, forks and Ctrl-C: nothing grows, nothing is torn."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import devices
 import fastopt
 from common import error, is_native
 from optim_cases import make_params, set_grads
@@ -126,6 +128,22 @@ def test_loss_and_steps_work_in_a_fork(name):
     timer.cancel()
     assert os.waitpid(child, 0)[1] == 0
     assert result == repr(train(2, 4))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
+def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
+    """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
+    root = Path(__file__).parents[1]
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{root / 'csrc'}"]
+    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").glob("*.cpp"))]
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [devices.CXX, *flags, *map(str, sources), "-o", str(tmp_path / "driver")]
+    subprocess.run(command, check=True, env=env)
+    # Where addresses are spread too widely, the sanitizer does not start.
+    fixed_addresses = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
+    result = subprocess.run([*fixed_addresses, tmp_path / "driver"], capture_output=True, text=True, env=env)
+    assert (result.returncode, result.stdout) == (0, "0 results differ from one thread's\n"), result.stderr[-3000:]
 
 
 INTERRUPTED = """
