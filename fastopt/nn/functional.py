@@ -10,6 +10,7 @@ from .. import _native, reference
 
 # Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int)
 
 
 def cross_entropy(
@@ -89,11 +90,25 @@ def _cross_entropy(
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
-    if not (input.is_cpu or (input.is_cuda and _native.cuda())) or type(input) not in _PLAIN_TYPES:
-        return F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
+    if (
+        not (input.is_cpu or (input.is_cuda and _native.cuda()))
+        or type(input) not in _PLAIN_TYPES
+        # Else a tensor would lose its fraction or its gradient.
+        or type(ignore_index) is not int
+        or type(label_smoothing) not in _NUMBERS
+    ):
+        return _torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     library = _native.module()
     if library is None:
         return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return library.cross_entropy(input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
+    reduction_enum = _reduction.get_enum(reduction)
+    try:
+        return library.cross_entropy(input, target, weight, reduction_enum, ignore_index, label_smoothing)
+    except TypeError:  # for torch to say what is wrong with which argument
+        return _torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def _torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing):
+    return F.cross_entropy(
+        input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
