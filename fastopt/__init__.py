@@ -6,6 +6,7 @@ Importing compiles nothing and prints nothing; the first use of a kernel finds o
 from . import _ops, optim
 from . import nn as nn
 from ._native import build, empty_cache, info
+from .convert import convert_state_dict
 from .nn import CrossEntropyLoss, functional
 from .optim import SGD, Adam, AdamW, RMSprop
 
@@ -18,6 +19,7 @@ __all__ = [
     "CrossEntropyLoss",
     "RMSprop",
     "build",
+    "convert_state_dict",
     "empty_cache",
     "functional",
     "info",

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fuzz_idx
 from fastopt.demo import data, glyphs, models, vision
 from fastopt.demo.idx import DataError, read_idx
 
@@ -157,6 +158,12 @@ def test_any_bytes_give_the_array_or_a_data_error(tmp_path, draw):
     else:
         unpacked = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else bytes(content)
         assert idx_bytes(read) == unpacked
+
+
+def test_the_reader_agrees_with_another_on_mutated_files(tmp_path):
+    n_files, n_whole = fuzz_idx.fuzz(1, 0, tmp_path / "file")
+    assert n_files > 50
+    assert n_whole > 0
 
 
 # Where the digits come from.

@@ -56,26 +56,51 @@ def test_state_dict_moves_to_torch_and_back_midway(case):
     assert_equal_params(params, truth, 1e-12)
 
 
-@all_cases
-@pytest.mark.parametrize("how", ["state_dict", "saved", "deepcopy", "pickle"])
-def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(case, how):
-    whole = make_params(SHAPES)
-    take_steps(whole, case.ours(whole, **case.options), 0, 6)
+def through_state_dict(cls, other, params, optimizer, case):
+    return params, loaded(cls, params, case, optimizer.state_dict())
 
-    params = make_params(SHAPES)
-    optimizer = case.ours(params, **case.options)
-    take_steps(params, optimizer, 0, 3)
-    if how == "deepcopy":
-        params, optimizer = copy.deepcopy((params, optimizer))
-    elif how == "pickle":
-        params, optimizer = pickle.loads(pickle.dumps((params, optimizer)))
-    else:
-        checkpoint = optimizer.state_dict() if how == "state_dict" else saved(optimizer.state_dict())
-        optimizer = case.ours(params, **case.options)
-        optimizer.load_state_dict(checkpoint)
-    assert type(optimizer) is case.ours
-    take_steps(params, optimizer, 3, 6)
-    assert_equal_params(params, whole)
+
+def through_file(cls, other, params, optimizer, case):
+    return params, loaded(cls, params, case, saved(optimizer.state_dict()))
+
+
+def through_the_other_library(cls, other, params, optimizer, case):
+    between = loaded(other, params, case, saved(optimizer.state_dict()))
+    return params, loaded(cls, params, case, saved(between.state_dict()))
+
+
+def through_deepcopy(cls, other, params, optimizer, case):
+    return copy.deepcopy((params, optimizer))
+
+
+def through_pickle(cls, other, params, optimizer, case):
+    return pickle.loads(pickle.dumps((params, optimizer)))
+
+
+def loaded(cls, params, case, checkpoint):
+    optimizer = cls(params, **case.options)
+    optimizer.load_state_dict(checkpoint)
+    return optimizer
+
+
+DETOURS = [through_state_dict, through_file, through_the_other_library, through_deepcopy, through_pickle]
+
+
+@all_cases
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_continued_run_equals_an_uninterrupted_one_bit_for_bit(case, at):
+    """Of fastopt and of torch, each through the other too; steps from no state, to a first state, to a later one."""
+    for cls, other in ((case.ours, case.theirs), (case.theirs, case.ours)):
+        whole = make_params(SHAPES)
+        take_steps(whole, cls(whole, **case.options), 0, at + 2)
+        for detour in DETOURS:
+            params = make_params(SHAPES)
+            optimizer = cls(params, **case.options)
+            take_steps(params, optimizer, 0, at)
+            params, optimizer = detour(cls, other, params, optimizer, case)
+            assert type(optimizer) is cls
+            take_steps(params, optimizer, at, at + 2)
+            assert_equal_params(params, whole)
 
 
 def replace_states(params, optimizer):

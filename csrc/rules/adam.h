@@ -46,8 +46,8 @@ struct Adam {
     grad *= sign;
     if (has_decoupled_decay) {
       // One rounding, where a factor 1 - decay would bring its own each step; an infinite parameter stays infinite.
-      const T decayed = param - decoupled_decay * param;
-      param = decayed == decayed ? decayed : param;
+      const bool is_finite = param - param == 0;
+      param = is_finite ? param - decoupled_decay * param : param;
     }
     if (has_l2_decay) grad += l2_decay * param;
     T& exp_avg = state[0];

@@ -85,8 +85,11 @@ struct AdamFamily {
   static bool read(Source& source, Options& o) {
     return source.lr(o.lr) && source.pair("betas", o.beta1, o.beta2) && source.number("eps", o.eps) &&
            source.number("weight_decay", o.weight_decay) && source.flag("amsgrad", o.amsgrad) &&
-           source.flag("maximize", o.maximize) && source.flag("decoupled_weight_decay", o.decoupled_weight_decay);
+           source.flag("maximize", o.maximize) && source.flag("decoupled_weight_decay", o.decoupled_weight_decay) &&
+           is_decay_rate(o.beta1) && is_decay_rate(o.beta2);
   }
+  // Otherwise a bias correction may be 0 or have no root.
+  static bool is_decay_rate(double beta) { return 0 <= beta && beta < 1; }
   static bool uses_state(const Options& o, int state) { return state < 2 || o.amsgrad; }
   static RuleValue rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.amsgrad) return make_rule<AdamAmsgrad<float>, AdamAmsgrad<double>>(dtype, o, step);

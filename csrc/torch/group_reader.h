@@ -1,6 +1,7 @@
 // Reads hyper-parameters from a param group (a Python dict). Borrowed references throughout; the GIL is held.
 #pragma once
 
+#include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
@@ -9,6 +10,8 @@
 #include "torch/context.h"
 
 namespace fastopt {
+
+namespace py = pybind11;
 
 // The interned Python string of a literal, made once, so that a lookup hashes and compares nothing but pointers.
 // The table is keyed by the literal's address: a name written in two places only takes two entries.
@@ -55,19 +58,25 @@ class GroupReader {
     return false;
   }
 
-  // Absent flags are false: checkpoints of older torch versions lack some.
   bool flag(const char* name, bool& to) {
     PyObject* value = find(name);
-    const int is_true = value ? PyObject_IsTrue(value) : 0;
+    const int is_true = value ? PyObject_IsTrue(value) : -1;
     if (is_true < 0) PyErr_Clear();
     to = is_true > 0;
     return is_true >= 0;
   }
 
+  // Not every optimizer has these flags; an absent one is false.
+  bool flag_or_false(const char* name) {
+    bool value = false;
+    flag(name, value);
+    return value;
+  }
+
   PyObject* find(const char* name) { return PyDict_GetItem(group_, interned(name)); }
 
  private:
-  // Numbers as torch takes them: float, int, or a tensor of one element in CPU memory.
+  // Numbers as torch takes them: float, int, another real number, or a tensor of one element in CPU memory.
   static bool as_number(PyObject* value, double& to) {
     if (!value) return false;
     if (PyFloat_Check(value)) {
@@ -76,8 +85,7 @@ class GroupReader {
     }
     if (PyLong_Check(value)) {
       to = PyLong_AsDouble(value);
-      if (to == -1 && PyErr_Occurred()) PyErr_Clear();
-      return true;
+      return no_error();
     }
     if (THPVariable_Check(value)) {
       const at::Tensor& tensor = THPVariable_Unpack(value);
@@ -86,7 +94,24 @@ class GroupReader {
       to = *number;
       return true;
     }
-    return false;
+    if (PyObject_IsInstance(value, real_number()) == 1) {
+      to = PyFloat_AsDouble(value);
+      return no_error();
+    }
+    return no_error() && false;
+  }
+
+  // Whether Python raised nothing; what it raised is dropped: the caller's slow road finds it again.
+  static bool no_error() {
+    const bool is_fine = !PyErr_Occurred();
+    PyErr_Clear();
+    return is_fine;
+  }
+
+  // numbers.Real: NumPy's scalars are of it.
+  static PyObject* real_number() {
+    static PyObject* const type = py::object(py::module_::import("numbers").attr("Real")).release().ptr();
+    return type;
   }
 
   PyObject* group_;

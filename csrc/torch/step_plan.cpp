@@ -55,7 +55,7 @@ class StepPlan {
 
   // Updates every parameter that has a gradient, or changes nothing and returns false: then the reason is in why_not().
   // grad_scale and found_inf are a GradScaler's tensors, or None.
-  bool step(const py::list& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
+  bool step(const py::object& groups, const py::dict& state, const std::optional<at::Tensor>& grad_scale,
             const std::optional<at::Tensor>& found_inf) {
     // A second thread in the same optimizer waits, without the interpreter lock that the first one needs to finish.
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
@@ -69,6 +69,7 @@ class StepPlan {
     is_capturable_ = true;
     must_know_ = false;
     is_scaled_ = grad_scale.has_value() || found_inf.has_value();
+    if (!PyList_Check(groups.ptr())) return refuse("the param groups are not a list");
     if (!gather(groups.ptr(), state.ptr())) return false;
     if (is_scaled_ && batch_.has_cpu()) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
@@ -122,14 +123,10 @@ class StepPlan {
       if (!PyDict_Check(group)) return refuse("a param group is not a dict");
       GroupReader reader(group);
       Options options;
-      if (!Family::read(reader, options)) return refuse("a hyper-parameter is not a plain number");
-      bool is_differentiable = false, is_capturable = false, is_foreach = false, is_fused = false;
-      reader.flag("differentiable", is_differentiable);
-      reader.flag("capturable", is_capturable);
-      reader.flag("foreach", is_foreach);
-      reader.flag("fused", is_fused);
-      if (is_differentiable) return refuse("differentiable is set");
-      if (is_foreach && !is_capturable && THPVariable_Check(reader.find("lr"))) {
+      if (!Family::read(reader, options)) return refuse("a hyper-parameter is not a plain number, or out of range");
+      const bool is_capturable = reader.flag_or_false("capturable"), is_fused = reader.flag_or_false("fused");
+      if (reader.flag_or_false("differentiable")) return refuse("differentiable is set");
+      if (reader.flag_or_false("foreach") && !is_capturable && THPVariable_Check(reader.find("lr"))) {
         return refuse("foreach with a tensor lr");
       }
       is_capturable_ &= is_capturable;
@@ -181,13 +178,15 @@ class StepPlan {
         entry.step_tensor = step->unsafeGetTensorImpl();
         entry.step = step->mutable_data_ptr();
         entry.is_step_double = is_double;
+        const double count = is_double ? *static_cast<double*>(entry.step) : *static_cast<float*>(entry.step);
+        if (!(count >= 0)) return refuse("a step is negative");
       }
     }
     for (int s = 0; s < kMaxFamilyStates; ++s) {
       if (!Family::uses_state(options, s)) continue;
       const at::Tensor* tensor = find_tensor(own_state, Family::kStates[s]);
       if (!tensor) {
-        if constexpr (!Family::kMakesStates) return refuse("state is not there yet");
+        if (!Family::kMakesStates || has_entry(own_state, Family::kStates[s])) return refuse("state is not there yet");
         // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
         must_know_ |= is_scaled_;
         entry.made_state = at::empty_like(param);
@@ -217,6 +216,12 @@ class StepPlan {
     }
     if (!found) found = PyDict_GetItem(own_state, wanted);
     return found && THPVariable_Check(found) ? &THPVariable_Unpack(found) : nullptr;
+  }
+
+  // Whether a parameter's state has something by that name, if only something odd.
+  static bool has_entry(PyObject* own_state, const char* name) {
+    PyObject* found = own_state ? PyDict_GetItem(own_state, interned(name)) : nullptr;
+    return found && found != Py_None;
   }
 
   // Counts each parameter's step up, in order, and gives it the rule of that step.

@@ -12,6 +12,7 @@ from . import vocab_parallel
 
 # Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_NUMBERS = (float, int)
 
 
 def cross_entropy(
@@ -110,16 +111,24 @@ def _cross_entropy(
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
-    if not (input.is_cpu or (input.is_cuda and _native.cuda())) or type(input) not in _PLAIN_TYPES:
+    if (
+        not (input.is_cpu or (input.is_cuda and _native.cuda()))
+        or type(input) not in _PLAIN_TYPES
+        # Else a tensor would lose its fraction or its gradient.
+        or type(ignore_index) is not int
+        or type(label_smoothing) not in _NUMBERS
+    ):
         return vocab_parallel.torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     library = _native.module()
     if library is None:
         if inplace_backward:
             _check_may_overwrite(input)
         return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return library.cross_entropy(
-        input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing, inplace_backward
-    )
+    arguments = (input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
+    try:
+        return library.cross_entropy(*arguments, inplace_backward)
+    except TypeError:  # for torch to say what is wrong with which argument
+        return vocab_parallel.torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
 
 
 def _check_may_overwrite(input):

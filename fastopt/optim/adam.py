@@ -46,6 +46,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         return params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
 
+    def _agree(self, options, lists):
+        # Otherwise a bias correction may be 0 or have no root.
+        return all(0 <= beta < 1 for beta in options["betas"]) and super()._agree(options, lists)
+
     def _reference_step(self, options, *tensors):
         beta1, beta2 = options.pop("betas")
         reference.adam_(*tensors, beta1=beta1, beta2=beta2, **options)

@@ -1,6 +1,8 @@
 """What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
 
 import abc
+import contextlib
+import numbers
 
 import torch
 from torch.optim import optimizer as torch_optimizer
@@ -8,7 +10,10 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
+from .atomic import state_as_it_was, uninterrupted, values_as_they_were
 from .shards import shards_of
+
+_FLAGS = {"amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov"}
 
 
 class FusedOptimizer(Optimizer):
@@ -22,12 +27,13 @@ class FusedOptimizer(Optimizer):
        without kernels for it, and while ``torch.compile`` traces.
 
     DTensor parameters take these roads with their local shards, see :mod:`fastopt.optim.shards`.
-
+    A step that fails changes nothing, on the first two roads and on torch's for dense tensors on the CPU; Ctrl-C waits.
     A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
     """
 
     _plan_name = None
     _option_names = ()
+    _counts_steps = True
     _plan = None
 
     def step(self, closure=None):
@@ -96,24 +102,37 @@ class FusedOptimizer(Optimizer):
             shards.step()
             return
         devices = self._devices()
-        if devices is None or ("cuda" in devices and not _native.cuda()):
-            self._torch_step()
-            return
+        with uninterrupted():
+            if devices is None or ("cuda" in devices and not _native.cuda()):
+                self._torch_step()
+            else:
+                with state_as_it_was(self):
+                    self._update_ordinary_tensors("cuda" in devices)
+
+    def _update_ordinary_tensors(self, on_cuda):
         # All that can fail comes before the first tensor is written.
-        options = [self._options(group) for group in self.param_groups] if "cuda" not in devices else []
-        if devices == {"cpu"} and not self._unscale():
+        options = [self._options(group) for group in self.param_groups] if not on_cuda else []
+        if not on_cuda and self._overflowed():
             return
         lists = [self._init_lists(group) for group in self.param_groups]
-        if self._plan is not None and self._step_again(devices):
+        if not on_cuda:
+            self._unscale()
+        if self._plan is not None and self._step_again(on_cuda):
             return
-        if "cuda" in devices or not all(map(_agree, lists)):
+        if on_cuda:
             self._torch_step()
-            return
-        for group, tensors in zip(options, lists, strict=True):
-            self._reference_step(group, *tensors)
+        elif any(group.get("capturable") for group in self.param_groups) or not all(map(self._agree, options, lists)):
+            # torch judges mixtures as it goes: it may fail when it has updated some.
+            with values_as_they_were(_dense_tensors(self)), self._as_not_fused():
+                self._torch_step()
+        elif not all(_is_for_reference(tensor) for params, grads, *_ in lists for tensor in (*params, *grads)):
+            self._torch_step()
+        else:
+            for group, tensors in zip(options, lists, strict=True):
+                self._reference_step(group, *tensors)
 
-    def _step_again(self, devices):
-        if "cuda" in devices:
+    def _step_again(self, on_cuda):
+        if on_cuda:
             return self._step_scaled(self._plan)
         return self._plan.step(self.param_groups, self.state)
 
@@ -121,44 +140,67 @@ class FusedOptimizer(Optimizer):
         """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
         devices = set()
         for group in self.param_groups:
-            if group.get("differentiable"):
-                return None
             for param in group["params"]:
                 grad = param.grad
                 if grad is None:
                     continue
                 for tensor in (param, grad):
-                    if (
-                        tensor.layout != torch.strided
-                        or tensor.dtype not in KERNEL_DTYPES
-                        or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-                    ):
+                    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or group.get("differentiable"):
+                        return None
+                    if tensor.is_cuda and (tensor.layout != torch.strided or tensor.dtype not in KERNEL_DTYPES):
                         return None
                     devices.add(tensor.device.type)
-                if group.get("capturable") and param.device.type == "cpu":
-                    return None
         return devices if devices <= {"cpu", "cuda"} else None
 
     def _options(self, group):
-        """The hyper-parameters of a group as plain numbers.
+        """The hyper-parameters of a group as plain numbers and flags.
 
         Raises:
             TypeError: one is not a number.
         """
-        return {name: _number(name, group[name]) for name in self._option_names}
+        return {name: _option(name, group[name]) for name in self._option_names}
+
+    def _overflowed(self):
+        """Whether a ``GradScaler`` wants the step skipped, of an optimizer made with ``fused=True``."""
+        found_inf = getattr(self, "found_inf", None)
+        # A scaler sums found_inf over devices, so it may exceed 1.
+        return found_inf is not None and found_inf.item() > 0
 
     def _unscale(self):
-        """What a ``GradScaler`` leaves to the step of an optimizer made with ``fused=True``; False to skip the step."""
-        found_inf = getattr(self, "found_inf", None)
+        """Divide the gradients by the scale that a ``GradScaler`` leaves to an optimizer made with ``fused=True``."""
         grad_scale = getattr(self, "grad_scale", None)
-        # A scaler sums found_inf over devices, so it may exceed 1.
-        if found_inf is not None and found_inf.item() > 0:
-            return False
         if grad_scale is not None:
             grads = {p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
             for grad in grads:
                 grad.div_(grad_scale)
-        return True
+
+    @contextlib.contextmanager
+    def _as_not_fused(self):
+        """torch's fused kernels look at neither shapes nor layouts; its loop over tensors does."""
+        fused = [(group, group["fused"]) for group in self.param_groups if group.get("fused")]
+        scaling = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
+        for group, _ in fused:
+            group["fused"] = False
+        try:
+            yield
+        finally:
+            self.__dict__.update(scaling)
+            for group, value in fused:
+                group["fused"] = value
+
+    def _agree(self, options, lists):
+        """Whether nothing in a group's lists is for torch to judge: each tensor is like its parameter, steps count."""
+        params, grads, *states = lists
+        steps = states.pop() if self._counts_steps else []
+        return all(map(_is_count, steps)) and all(
+            _is_like(tensor, param) or self._may_be(tensor, grad, options)
+            for tensors in (params, grads, *states)
+            for param, grad, tensor in zip(params, grads, tensors, strict=False)
+        )
+
+    def _may_be(self, tensor, grad, options):
+        """Whether a tensor that is not like its parameter is still an ordinary one for torch's own step."""
+        return False
 
     def _torch_step(self, closure=None):
         """torch's own step, without the hooks that its class may have been wrapped with."""
@@ -180,21 +222,57 @@ class FusedOptimizer(Optimizer):
         """Update lists of tensors by plain torch."""
 
 
-def _agree(lists):
-    """Whether each parameter's gradient and states have its shape and dtype; mixtures are for torch to judge."""
-    params, *others = lists
-    return all(
-        tensor is None or tensor.dim() == 0 or (tensor.shape == param.shape and tensor.dtype == param.dtype)
-        for other in others
-        for param, tensor in zip(params, other, strict=False)
+def _dense_tensors(optimizer):
+    """Parameters that have a gradient, and their states; not those with a sparse gradient, whose size may be huge."""
+    tensors = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout == torch.strided:
+                state = optimizer.state.get(param, {})
+                tensors += [param, *(value for value in state.values() if isinstance(value, torch.Tensor))]
+    return tensors
+
+
+def _is_like(tensor, param):
+    """Whether a parameter's own tensor, gradient or state can be computed with, element by element."""
+    return (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == param.shape
+        and tensor.dtype == param.dtype
+        and (tensor.dtype in KERNEL_DTYPES or (tensor.is_complex() and not tensor.is_conj()))
+        and tensor.device == param.device
+        and tensor.layout == torch.strided
+        and torch._debug_has_internal_overlap(tensor) != 1
     )
+
+
+def _is_count(step):
+    return (
+        isinstance(step, torch.Tensor)
+        and step.is_cpu
+        and step.layout == torch.strided
+        and step.numel() == 1
+        and step.is_floating_point()
+        and step.item() >= 0
+    )
+
+
+def _is_for_reference(tensor):
+    return tensor.dtype in KERNEL_DTYPES and tensor.layout == torch.strided
+
+
+def _option(name, value):
+    if name in _FLAGS:
+        return bool(value)
+    if name == "betas":
+        beta1, beta2 = value
+        return _number(name, beta1), _number(name, beta2)
+    return _number(name, value)
 
 
 def _number(name, value):
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, (list, tuple)):
-        return tuple(_number(name, part) for part in value)
-    if isinstance(value, (int, float)):
-        return value
+        value = value.item()
+    if isinstance(value, numbers.Real):
+        return float(value)
     raise TypeError(f"{name} must be a number, got {value!r}")

@@ -36,11 +36,17 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     _plan_name = "SgdPlan"
     _option_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+    _counts_steps = False
 
     def _init_lists(self, group):
         params, grads, momentum_buffers = [], [], []
         self._init_group(group, params, grads, momentum_buffers)
         return params, grads, momentum_buffers
+
+    def _may_be(self, tensor, grad, options):
+        # No buffer before the first step; sparse gradients, unless something dense is added to them.
+        is_plain = options["weight_decay"] == 0 and not options["nesterov"]
+        return tensor is None or (is_plain and grad.is_sparse and tensor.is_sparse)
 
     def _reference_step(self, options, params, grads, momentum_buffers):
         for i, param in enumerate(params):

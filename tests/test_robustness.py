@@ -1,0 +1,203 @@
+"""Long runs, threads, forks and Ctrl-C: nothing grows, nothing is torn."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import devices
+import fastopt
+from common import error, is_native
+from optim_cases import make_params, set_grads
+
+CLASSES = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True), "Adam": {}, "AdamW": dict(amsgrad=True)}
+all_classes = pytest.mark.parametrize("name", CLASSES)
+N_STEPS = int(os.environ.get("FASTOPT_TEST_STEPS", 20_000 if is_native() else 1_000))
+
+
+def resident_kib():
+    fields = Path("/proc/self/status").read_text().split()
+    return int(fields[fields.index("VmRSS:") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory in use is read from Linux's /proc")
+def test_many_small_steps_with_loss_and_schedule_need_no_more_memory():
+    """FASTOPT_TEST_STEPS=1000000 for a million."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = fastopt.Adam(model.parameters())
+    loss_function = fastopt.CrossEntropyLoss()
+    x, target = torch.randn(2, 4), torch.tensor([0, 2])
+
+    def train(n_steps):
+        for _ in range(n_steps):
+            optimizer.zero_grad()
+            loss_function(model(x), target).backward()
+            optimizer.step()
+
+    train(N_STEPS // 4)
+    before = resident_kib()
+    train(N_STEPS)
+    grown = resident_kib() - before
+    print(f"{N_STEPS} steps: {grown} KiB more than {before}")
+    assert grown < 1_000  # less than a byte a step for a million
+
+
+@all_classes
+def test_losses_and_steps_in_several_threads_do_not_disturb_each_other(name):
+    def train():
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(1)
+        model = torch.nn.Linear(300, 100)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.01, **CLASSES[name])
+        x, target = torch.randn(64, 300, generator=generator), torch.randint(100, (64,), generator=generator)
+        for _ in range(3):
+            optimizer.zero_grad()
+            fastopt.functional.cross_entropy(model(x), target).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    expected, results = train(), {}
+    workers = [threading.Thread(target=lambda i=i: results.update({i: train()})) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for found in results.values():
+        for p, q in zip(found, expected, strict=True):
+            assert error(p, q) <= 1e-5  # the products' order of summation is torch's
+
+
+@all_classes
+def test_one_optimizer_stepped_by_several_threads_takes_every_step(name):
+    """With a gradient that stays, each step of SGD without momentum adds the same; others only count."""
+    params = make_params([(20_000,), (7,)], torch.float64)
+    start = [p.detach().clone() for p in params]
+    options = {"lr": 0.25} if name == "SGD" else CLASSES[name]
+    optimizer = getattr(fastopt, name)(params, **options)
+    set_grads(params, seed=0)
+    optimizer.step()
+    workers = [threading.Thread(target=lambda: [optimizer.step() for _ in range(5)]) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if name == "SGD":
+        for p, q in zip(params, start, strict=True):
+            assert error(p, q - 21 * 0.25 * p.grad) <= 1e-12
+    elif is_native():  # torch's own counting is in Python, and not made for this
+        assert all(optimizer.state[p]["step"] == 21 for p in params)
+
+
+@pytest.mark.native
+@all_classes
+def test_loss_and_steps_work_in_a_fork(name):
+    """The child has a copy of a running thread pool, but not its threads; in torch's own operators it would hang."""
+    params = make_params([(20_000,), (7,)])
+    optimizer = getattr(fastopt, name)(params, **CLASSES[name])
+    logits, target = torch.randn(300, 70), torch.arange(300) % 70
+
+    def train(first, last):
+        for step in range(first, last):
+            set_grads(params, seed=step)
+            optimizer.step()
+        loss = fastopt.functional.cross_entropy(logits, target)
+        return [loss.item(), *(p.detach().double().sum().item() for p in params)]
+
+    train(0, 2)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, repr(train(2, 4)).encode())
+        os._exit(0)
+    os.close(write)
+    timer = threading.Timer(60, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    with os.fdopen(read) as pipe:
+        result = pipe.read()
+    timer.cancel()
+    assert os.waitpid(child, 0)[1] == 0
+    assert result == repr(train(2, 4))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
+def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
+    """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
+    root = Path(__file__).parents[1]
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{root / 'csrc'}"]
+    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").glob("*.cpp"))]
+    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [devices.CXX, *flags, *map(str, sources), "-o", str(tmp_path / "driver")]
+    subprocess.run(command, check=True, env=env)
+    # Where addresses are spread too widely, the sanitizer does not start.
+    fixed_addresses = [shutil.which("setarch"), "-R"] if shutil.which("setarch") else []
+    result = subprocess.run([*fixed_addresses, tmp_path / "driver"], capture_output=True, text=True, env=env)
+    assert (result.returncode, result.stdout) == (0, "0 results differ from one thread's\n"), result.stderr[-3000:]
+
+
+INTERRUPTED = """
+    import itertools, os, random, signal, sys, threading, time
+    import torch, fastopt
+
+    name, n_tensors = sys.argv[1], int(sys.argv[2])
+    options = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True)}.get(name, {})
+
+    def make():
+        params = [torch.nn.Parameter(torch.ones(50, 10)) for _ in range(n_tensors)]
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        return params, getattr(fastopt, name)(params, **options)
+
+    def interrupt(stop, delays):
+        while not stop.is_set():
+            time.sleep(random.Random(next(delays)).random() * 2e-3)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    make()[1].step()
+    n_interrupted = 0
+    delays = itertools.count()
+    while n_interrupted < 25:
+        params, optimizer = make()
+        stop = threading.Event()
+        worker = threading.Thread(target=interrupt, args=(stop, delays))
+        try:
+            worker.start()
+            while True:
+                optimizer.step()
+        except KeyboardInterrupt:
+            n_interrupted += 1
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            stop.set(), worker.join()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        assert all(torch.equal(p, params[0]) for p in params), "parameters are at different steps"
+        states = [optimizer.state[p] for p in params if p in optimizer.state]
+        if states and len(states) == len(params):
+            for key in states[0]:
+                values = [state.get(key) for state in states]
+                assert all(torch.equal(value, values[0]) for value in values), f"{key} is at different steps"
+    print("whole after", n_interrupted)
+"""
+
+
+@all_classes
+def test_ctrl_c_in_a_step_leaves_every_parameter_at_the_same_step(name):
+    program = textwrap.dedent(INTERRUPTED)
+    result = subprocess.run(
+        [sys.executable, "-c", program, name, "200"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+    )
+    assert result.stdout == "whole after 25\n", result.stderr[-2000:]

@@ -1,0 +1,105 @@
+// The CPU kernels on std::thread, without torch and without OpenMP, for the thread sanitizer, which knows the one and
+// not the other's runtime: several callers at once, each with threads of its own; results must be those of one thread.
+//
+//   c++ -std=c++20 -O1 -g -fsanitize=thread -DFASTOPT_ONE_LEVEL -Icsrc tests/thread_driver.cpp csrc/cpu/*.cpp
+// One instruction set: what chooses among several runs before the sanitizer is ready.
+#include <atomic>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "cpu/cross_entropy.h"
+#include "cpu/update.h"
+
+using namespace fastopt;
+
+namespace {
+
+// Tasks are taken one by one, as by a dynamic OpenMP schedule.
+void run_on_threads(int64_t n_tasks, void (*task)(void*, int64_t), void* context) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    for (int64_t i = next++; i < n_tasks; i = next++) task(context, i);
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) threads.emplace_back(work);
+  for (std::thread& thread : threads) thread.join();
+}
+
+constexpr cpu::Threads kOne{1, nullptr}, kMany{4, run_on_threads};
+
+std::vector<float> numbers(int64_t n, uint32_t seed) {
+  std::vector<float> values(n);
+  for (float& value : values) value = static_cast<float>((seed = seed * 1664525u + 1013904223u) >> 8) / (1 << 23) - 1;
+  return values;
+}
+
+std::vector<float> updated(const cpu::Threads& threads) {
+  const int64_t sizes[] = {50'000, 1, 0, 33'333, 17};
+  std::vector<std::vector<float>> memory;
+  for (const int64_t n : sizes) {
+    for (uint32_t i = 0; i < 4; ++i) memory.push_back(i == 3 ? std::vector<float>(n) : numbers(n, i + 1));
+    for (float& value : memory[memory.size() - 2]) value = 0;
+  }
+  std::vector<Slab> slabs;
+  for (size_t i = 0; i < std::size(sizes); ++i) {
+    Slab slab{};
+    slab.param = memory[4 * i].data();
+    slab.grad = memory[4 * i + 1].data();
+    slab.state[0] = memory[4 * i + 2].data();
+    slab.state[1] = memory[4 * i + 3].data();
+    slab.numel = sizes[i];
+    slab.dtype = slab.state_dtype = DType::kFloat32;
+    slabs.push_back(slab);
+  }
+  const AdamOptions options{1e-3, 0.9, 0.999, 1e-8, 0.01, false, false, true};
+  for (int step = 1; step < 4; ++step) {
+    const RuleValue rule = RuleValue::of(AdamPlain<float>::at_step(options, step));
+    cpu::update(slabs.data(), static_cast<int64_t>(slabs.size()), &rule, threads);
+  }
+  std::vector<float> all;
+  for (const auto& values : memory) all.insert(all.end(), values.begin(), values.end());
+  return all;
+}
+
+std::vector<float> losses(const cpu::Threads& threads, int64_t n_outer, int64_t n_classes, int64_t n_inner) {
+  const std::vector<float> logits = numbers(n_outer * n_classes * n_inner, 7);
+  std::vector<int64_t> target(n_outer * n_inner);
+  for (size_t i = 0; i < target.size(); ++i) target[i] = i % 5 == 4 ? -100 : static_cast<int64_t>(i) % n_classes;
+  std::vector<float> grad(logits.size()), each(target.size());
+  CrossEntropyProblem problem{};
+  problem.dtype = DType::kFloat32;
+  problem.logits = logits.data();
+  problem.logits_layout = problem.grad_layout = {n_outer, n_classes, n_inner, n_classes * n_inner, n_inner};
+  problem.target = target.data();
+  problem.ignore_index = -100;
+  problem.label_smoothing = 0.1;
+  problem.weight_sum = static_cast<double>(n_classes);
+  problem.grad = grad.data();
+  problem.grad_scale = 1;
+  problem.losses = each.data();
+  if (!cpu::tally_targets(problem, threads).is_valid) return {};
+  grad.push_back(static_cast<float>(cpu::cross_entropy(problem, threads)));
+  grad.insert(grad.end(), each.begin(), each.end());
+  return grad;
+}
+
+}  // namespace
+
+int main() {
+  std::atomic<int> n_wrong{0};
+  const std::vector<float> one[] = {updated(kOne), losses(kOne, 3000, 10, 1), losses(kOne, 300, 1000, 1),
+                                    losses(kOne, 4, 19, 700)};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 3; ++caller) {
+    callers.emplace_back([&] {
+      n_wrong += updated(kMany) != one[0];
+      n_wrong += losses(kMany, 3000, 10, 1) != one[1];
+      n_wrong += losses(kMany, 300, 1000, 1) != one[2];
+      n_wrong += losses(kMany, 4, 19, 700) != one[3];
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  std::printf("%d results differ from one thread's\n", n_wrong.load());
+  return n_wrong != 0;
+}
