@@ -1,13 +1,38 @@
 """What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
 
 import abc
+import functools
 
 import torch
+from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
+
+
+def _with_hooks_if_any(step):
+    """torch wraps every step for hooks and profiling, at a cost of microseconds; this, only where there are any."""
+    step_with_hooks = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def call(self, *args, **kwargs):
+        needs_hooks = (
+            is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
+        if needs_hooks and type(self).step is call:
+            return step_with_hooks(self, *args, **kwargs)
+        return step(self, *args, **kwargs) if args or kwargs else step(self)  # unpacking nothing costs 100 ns
+
+    call.hooked = True  # for torch, which would wrap it once more
+    return call
 
 
 class FusedOptimizer(Optimizer):
@@ -27,6 +52,7 @@ class FusedOptimizer(Optimizer):
     _option_names = ()
     _plan = None
 
+    @_with_hooks_if_any
     def step(self, closure=None):
         """Perform a single optimization step.
 
@@ -36,25 +62,7 @@ class FusedOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        needs_hooks = (
-            torch.compiler.is_compiling()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
-        if needs_hooks and type(self).step is FusedOptimizer.step:
-            arguments = () if closure is None else (closure,)
-            return self._step_with_hooks(*arguments)
-        return self._step(closure)
-
-    # torch wraps an optimizer's step for hooks and profiling at a cost of microseconds, unless it is marked so.
-    step.hooked = True
-
-    def _step(self, closure=None):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._torch_step(closure)
         loss = None
         if closure is not None:
@@ -63,8 +71,6 @@ class FusedOptimizer(Optimizer):
         if not self._update_natively():
             self._update_otherwise()
         return loss
-
-    _step_with_hooks = Optimizer.profile_hook_step(_step)
 
     def _update_natively(self):
         plan = self._plan
