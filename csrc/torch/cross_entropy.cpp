@@ -5,7 +5,7 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <ATen/record_function.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -124,8 +124,9 @@ struct CrossEntropyBackward final : torch::autograd::Node {
 
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     const at::Tensor saved = grad.unpack();
-    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone;
-    const at::Tensor logits = is_traced ? input.unpack() : at::Tensor();
+    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || !is_quiet();
+    // Asked for their dtype; they may have been overwritten.
+    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? input.unpack() : saved;
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(grad_output, saved, logits)};
     return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
@@ -163,7 +164,7 @@ bool needs_composite(const at::Tensor& input) {
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const bool is_plain = backend_of(input) != Backend::kNone;
+  const bool is_plain = backend_of(input) != Backend::kNone && is_quiet();
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
                                         label_smoothing};
@@ -210,11 +211,9 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
 // The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it.
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const auto is_quiet = [&](c10::DispatchKeySet plain) { return (tls.included_ | plain) == plain; };
-  const bool is_cpu = is_plain_cpu(input);
-  if (backend_of(input) != Backend::kNone && is_quiet(is_cpu ? kPlainCpu : kPlainCuda) &&
-      !at::autocast::is_autocast_enabled(is_cpu ? at::kCPU : at::kCUDA)) {
+  const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+  if (backend_of(input) != Backend::kNone && is_quiet() && !is_profiled &&
+      !at::autocast::is_autocast_enabled(is_plain_cpu(input) ? at::kCPU : at::kCUDA)) {
     return cross_entropy_autograd(input, target, weight, reduction, ignore_index, label_smoothing);
   }
   return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);

@@ -43,7 +43,7 @@ class FusedOptimizer(Optimizer):
     1. the kernels: dense tensors of float64, float32, bfloat16 or float16 on the CPU or a CUDA device;
     2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
-       without kernels for it, and while ``torch.compile`` traces.
+       without kernels for it, while ``torch.compile`` traces, and under dispatch modes and functorch transforms.
 
     A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
     """
@@ -115,6 +115,8 @@ class FusedOptimizer(Optimizer):
 
     def _devices(self):
         """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # a dispatch mode or a functorch transform must see each call
         devices = set()
         for group in self.param_groups:
             if group.get("differentiable"):
