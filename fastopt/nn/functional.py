@@ -89,7 +89,7 @@ def _cross_entropy(
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
-    if not (input.is_cpu or (input.is_cuda and _native.cuda())) or type(input) not in _PLAIN_TYPES:
+    if type(input) not in _PLAIN_TYPES or not (input.is_cpu or (input.is_cuda and _native.cuda())):
         return F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
