@@ -154,11 +154,12 @@ def adam_(
 def cross_entropy(input, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0):
     """Cross-entropy, see :func:`fastopt.functional.cross_entropy`; 16-bit logits compute in float32."""
     options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    if input.dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(input.device.type):
+    is_half = input.dtype in (torch.bfloat16, torch.float16)
+    if not is_half or not isinstance(target, torch.Tensor) or torch.is_autocast_enabled(input.device.type):
         return F.cross_entropy(input, target, weight, **options)
     if weight is not None and weight.dtype != input.dtype or target.is_floating_point() and target.dtype != input.dtype:
         return F.cross_entropy(input, target, weight, **options)  # for torch to raise, or not
-    target = target.float() if target.is_floating_point() else target
+    target = target.float() if target.is_floating_point() and target.shape == input.shape else target
     weight = weight.float() if weight is not None else None
     return F.cross_entropy(input.float(), target, weight, **options).to(input.dtype)
 

@@ -159,17 +159,34 @@ def test_torch_compile_of_a_step_gives_the_same(name):
         assert error(p, q) <= 1e-5  # torch's compiled step corrects the bias in float32
 
 
-OPS = {
-    "sgd_": lambda t: (([t()], [t()], [t()]), {"lr": 0.1, "momentum": 0.9}),
-    "rmsprop_": lambda t: (([t()], [t()], [t()], [], [], [torch.tensor(0.0)]), {"lr": 0.1}),
-    "adam_": lambda t: (([t()], [t()], [t()], [t()], [], [torch.tensor(0.0)]), {"lr": 0.1}),
-}
+def one_step():
+    return [torch.tensor(3.0), torch.tensor(3.0)]
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_operators_pass_opcheck(op):
-    args, kwargs = OPS[op](lambda: torch.rand(5))
-    torch.library.opcheck(getattr(torch.ops.fastopt, op).default, args, kwargs)
+OPS = [
+    ("sgd_", lambda t: ([t(), t()], [t(), t()], []), dict(lr=0.1, weight_decay=0.1, maximize=True)),
+    ("sgd_", lambda t: ([t(), t()], [t(), t()], [t(), t()]), dict(lr=0.1, momentum=0.9, nesterov=True)),
+    ("sgd_", lambda t: ([t(), t()], [t(), t()], [t(), t()]), dict(lr=0.1, momentum=0.9, is_first_step=True)),
+    ("rmsprop_", lambda t: ([t(), t()], [t(), t()], [t(), t()], [], [], one_step()), dict(lr=0.1)),
+    (
+        "rmsprop_",
+        lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [t(), t()], one_step()),
+        dict(lr=0.1, momentum=0.9, centered=True),
+    ),
+    ("adam_", lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [], one_step()), dict(lr=0.1)),
+    (
+        "adam_",
+        lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [t(), t()], one_step()),
+        dict(lr=0.1, amsgrad=True, weight_decay=0.1, decoupled_weight_decay=True),
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("op", "make", "options"), OPS, ids=["-".join([op, *options]) for op, _, options in OPS])
+def test_operators_pass_opcheck(op, make, options, dtype):
+    args = make(lambda: torch.rand(5, 2, dtype=dtype))
+    torch.library.opcheck(getattr(torch.ops.fastopt, op).default, args, options)
 
 
 @pytest.mark.native

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <atomic>
 #include <optional>
@@ -21,6 +22,13 @@ constexpr c10::DispatchKeySet kPlainCuda({c10::DispatchKey::CUDA, c10::DispatchK
 
 inline bool is_plain_cpu(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCpu) == kPlainCpu; }
 inline bool is_plain_cuda(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCuda) == kPlainCuda; }
+
+// Whether no dispatch mode, functorch transform or the like is on: they must see each call, and what torch makes while
+// they are on may have no memory.
+inline bool is_quiet() {
+  constexpr c10::DispatchKeySet kHarmless = c10::default_included_set | kPlainCpu | kPlainCuda;
+  return (c10::impl::tls_local_dispatch_key_set().included_ | kHarmless) == kHarmless;
+}
 
 // Whose kernels take a tensor.
 enum class Backend : int8_t { kNone, kCpu, kCuda };

@@ -8,7 +8,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -134,8 +133,9 @@ struct CrossEntropyBackward final : torch::autograd::Node {
 
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     const at::Tensor saved = grad.unpack();
-    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone;
-    const at::Tensor logits = is_traced ? input.unpack() : at::Tensor();
+    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || !is_quiet();
+    // Asked for their dtype; they may have been overwritten.
+    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? input.unpack() : saved;
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(grad_output, saved, logits)};
     return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
@@ -192,7 +192,7 @@ void check_may_overwrite(const at::Tensor& input) {
 
 at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                           int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place) {
-  const bool is_plain = backend_of(input) != Backend::kNone;
+  const bool is_plain = backend_of(input) != Backend::kNone && is_quiet();
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
                                         label_smoothing};
@@ -247,14 +247,9 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
 // The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it, a profiler too.
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const auto is_quiet = [&](c10::DispatchKeySet plain) {
-    plain = plain | c10::default_included_set;
-    return (tls.included_ | plain) == plain;
-  };
-  const bool is_cpu = is_plain_cpu(input);
-  if (backend_of(input) != Backend::kNone && is_quiet(is_cpu ? kPlainCpu : kPlainCuda) &&
-      !at::autocast::is_autocast_enabled(is_cpu ? at::kCPU : at::kCUDA) && (inplace_backward || !at::hasCallbacks())) {
+  const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+  if (backend_of(input) != Backend::kNone && is_quiet() && (inplace_backward || !is_profiled) &&
+      !at::autocast::is_autocast_enabled(is_plain_cpu(input) ? at::kCPU : at::kCUDA)) {
     return differentiable(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward);
   }
   return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);

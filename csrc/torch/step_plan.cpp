@@ -63,6 +63,7 @@ class StepPlan {
       py::gil_scoped_release no_gil;
       lock.lock();
     }
+    if (!is_quiet()) return refuse("a dispatch mode or a transform is on");
     batch_.clear();
     entries_.clear();
     groups_.clear();

@@ -112,8 +112,8 @@ def _cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
     if (
-        not (input.is_cpu or (input.is_cuda and _native.cuda()))
-        or type(input) not in _PLAIN_TYPES
+        type(input) not in _PLAIN_TYPES
+        or not (input.is_cpu or (input.is_cuda and _native.cuda()))
         # Else a tensor would lose its fraction or its gradient.
         or type(ignore_index) is not int
         or type(label_smoothing) not in _NUMBERS

@@ -2,9 +2,11 @@
 
 import abc
 import contextlib
+import functools
 import numbers
 
 import torch
+from torch.compiler import is_compiling
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
@@ -16,6 +18,29 @@ from .shards import shards_of
 _FLAGS = {"amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov"}
 
 
+def _with_hooks_if_any(step):
+    """torch wraps every step for hooks and profiling, at a cost of microseconds; this, only where there are any."""
+    step_with_hooks = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def call(self, *args, **kwargs):
+        needs_hooks = (
+            is_compiling()
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch.autograd._profiler_enabled()
+        )
+        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
+        if needs_hooks and type(self).step is call:
+            return step_with_hooks(self, *args, **kwargs)
+        return step(self, *args, **kwargs) if args or kwargs else step(self)  # unpacking nothing costs 100 ns
+
+    call.hooked = True  # for torch, which would wrap it once more
+    return call
+
+
 class FusedOptimizer(Optimizer):
     """Mixed in before a torch optimizer, it replaces ``step`` and nothing else.
 
@@ -24,7 +49,7 @@ class FusedOptimizer(Optimizer):
     1. the kernels: dense tensors of float64, float32, bfloat16 or float16 on the CPU or a CUDA device;
     2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
-       without kernels for it, and while ``torch.compile`` traces.
+       without kernels for it, while ``torch.compile`` traces, and under dispatch modes and functorch transforms.
 
     DTensor parameters take these roads with their local shards, see :mod:`fastopt.optim.shards`.
     A step that fails changes nothing, on the first two roads and on torch's for dense tensors on the CPU; Ctrl-C waits.
@@ -36,6 +61,7 @@ class FusedOptimizer(Optimizer):
     _counts_steps = True
     _plan = None
 
+    @_with_hooks_if_any
     def step(self, closure=None):
         """Perform a single optimization step.
 
@@ -45,25 +71,7 @@ class FusedOptimizer(Optimizer):
         Returns:
             What the closure returned, or None.
         """
-        needs_hooks = (
-            torch.compiler.is_compiling()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
-        if needs_hooks and type(self).step is FusedOptimizer.step:
-            arguments = () if closure is None else (closure,)
-            return self._step_with_hooks(*arguments)
-        return self._step(closure)
-
-    # torch wraps an optimizer's step for hooks and profiling at a cost of microseconds, unless it is marked so.
-    step.hooked = True
-
-    def _step(self, closure=None):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._torch_step(closure)
         loss = None
         if closure is not None:
@@ -71,8 +79,6 @@ class FusedOptimizer(Optimizer):
                 loss = closure()
         self._update()
         return loss
-
-    _step_with_hooks = Optimizer.profile_hook_step(_step)
 
     def _update(self):
         if not self._update_natively():
@@ -138,6 +144,8 @@ class FusedOptimizer(Optimizer):
 
     def _devices(self):
         """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+            return None  # a dispatch mode or a functorch transform must see each call
         devices = set()
         for group in self.param_groups:
             for param in group["params"]:
