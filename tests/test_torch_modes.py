@@ -41,8 +41,8 @@ def gradients(run, loss):
     return [p.grad for p in model.parameters()]
 
 
-def assert_gradients_are_torchs(run):
-    assert_same(gradients(run, fastopt.CrossEntropyLoss()), gradients(run, torch.nn.CrossEntropyLoss()))
+def assert_gradients_are_torchs(run, **options):
+    assert_same(gradients(run, fastopt.CrossEntropyLoss(**options)), gradients(run, torch.nn.CrossEntropyLoss()))
 
 
 @pytest.fixture(autouse=True)
@@ -96,18 +96,15 @@ def test_shapes_that_vary_are_compiled_once():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("inplace_backward", [False, True])
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_compiled_autograd_gives_torchs_gradients_or_says_that_it_cannot(is_compiled):
+def test_compiled_autograd_gives_torchs_gradients(is_compiled, inplace_backward):
     def run(model):
         forward = torch.compile(model, backend="aot_eager", fullgraph=True) if is_compiled else model
         with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="aot_eager")):
             forward(X, T).backward()
 
-    if is_native() and not is_compiled:
-        with pytest.raises(NotImplementedError, match="compiled_args not implemented: CrossEntropyBackward"):
-            gradients(run, fastopt.CrossEntropyLoss())
-    else:
-        assert_gradients_are_torchs(run)
+    assert_gradients_are_torchs(run, inplace_backward=inplace_backward)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -3,41 +3,18 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/alias.h>
-#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mul.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
-#include <mutex>
-#include <type_traits>  // is_same_v
-
 #include "torch/context.h"
-#include "torch/cross_entropy_cuda.h"
 #include "torch/cross_entropy_kernel.h"
+#include "torch/cross_entropy_node.h"
 #include "torch/operators.h"
 
 namespace fastopt {
 namespace {
-
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<at::Tensor>;
-
-const at::Tensor* pointer_to(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
-}
-
-at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  return at::cross_entropy_loss_symint(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
-}
 
 // --- The operators' kernels ----------------------------------------------------------------------------------------
 
@@ -52,38 +29,11 @@ std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const
   return {loss, grad};
 }
 
-// Multiplies the gradient of the loss by the loss's own gradient: a number, or one for each position.
-at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
-  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
-  if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
-    return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
-  }
-  at::Tensor factor = grad_output;
-  if (grad_output.dim() > 0 || grad.dim() == 1) factor = grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1);
-  if (const auto value = number_in(grad_output); value == 1.0) {
-    if (grad.scalar_type() != dtype) return grad.to(dtype);
-    return may_reuse ? grad : grad.clone();  // what is kept for another backward is not given away
-  }
-  if (may_reuse && grad.scalar_type() == dtype) return grad.mul_(factor);
-  return (grad.scalar_type() == dtype ? at::mul(grad, factor) : at::mul(grad, factor.to(grad.scalar_type()))).to(dtype);
-}
-
 at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
   return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
-
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastopt::cross_entropy_forward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                                    int64_t, c10::SymInt, double, bool)>();
-  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad);
-}
 
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
@@ -92,90 +42,6 @@ at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target,
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
                                                c10::SymInt, double)>();
   return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
-}
-
-at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastopt::cross_entropy_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  return op.call(grad_output, grad, input);
-}
-
-// The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
-// then: as with torch, they may be overwritten between forward and a plain backward. In place, the gradient is computed
-// in the backward, over the logits, whose version tells of it: whoever saved them for a backward of his own raises.
-struct CrossEntropyBackward final : torch::autograd::Node {
-  SavedVariable grad, input, target, weight;
-  int64_t reduction = 0;
-  c10::SymInt ignore_index = 0;
-  double label_smoothing = 0;
-  at::ScalarType dtype = at::kFloat;
-  bool is_plain = true;           // the forward ran on an ordinary tensor, not on a traced one
-  bool is_in_place = false;       // the gradient goes over the logits
-  bool is_last_backward = false;  // nothing saved is needed after the coming apply
-
-  std::string name() const override { return "CrossEntropyBackward"; }
-  void will_release_variables() override { is_last_backward = true; }
-  void release_variables() override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : {&grad, &input, &target, &weight}) variable->reset_data();
-    is_released_ = true;
-  }
-
-  variable_list apply(variable_list&& grad_outputs) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
-    const at::Tensor& grad_output = grad_outputs[0];
-    if (!grad_output.defined()) return {at::Tensor()};
-    if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
-
-    if (is_in_place) return {backward_in_place(grad_output)};
-
-    // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
-    const at::Tensor saved = grad.unpack();
-    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || !is_quiet();
-    // Asked for their dtype; they may have been overwritten.
-    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? input.unpack() : saved;
-    at::AutoDispatchBelowADInplaceOrView guard;
-    if (is_traced) return {call_backward(grad_output, saved, logits)};
-    return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
-  }
-
- private:
-  at::Tensor backward_in_place(const at::Tensor& grad_output) {
-    const at::Tensor logits = input.unpack(), indices = target.unpack(), weights = weight.unpack();
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
-    auto grad = std::get<1>(cross_entropy_kernel({logits, indices, weights.defined() ? &weights : nullptr, reduction,
-                                                  ignore_index.expect_int(), label_smoothing},
-                                                 GradientMemory::kLogits, number.value_or(1)));
-    if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
-    if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
-    torch::autograd::increment_version(logits);
-    return grad;
-  }
-
-  // Of torch's own composite, so that any further derivative exists.
-  at::Tensor differentiable_backward(const at::Tensor& grad_output) {
-    at::Tensor logits = input.unpack();
-    const at::Tensor weights = weight.unpack();
-    const at::Tensor loss =
-        torch_cross_entropy(logits, target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt,
-                            reduction, ignore_index, label_smoothing);
-    return torch::autograd::grad({loss}, {logits}, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true)[0];
-  }
-
-  bool is_released_ = false;
-};
-
-// Nodes are held by std::shared_ptr or by intrusive_ptr, by torch's version.
-template <class Pointer>
-auto make_node() {
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
-    return std::shared_ptr<CrossEntropyBackward>(new CrossEntropyBackward(), [](auto* node) { deleteNode(node); });
-  } else {
-    return c10::make_intrusive<CrossEntropyBackward>();
-  }
 }
 
 // Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
@@ -213,19 +79,7 @@ at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, con
     }
   }
   if (!wants_grad) return loss;
-  auto node = make_node<decltype(torch::autograd::Edge::function)>();
-  node->set_next_edges(torch::autograd::collect_next_edges(input));
-  node->grad = SavedVariable(grad, /*is_output=*/false);
-  node->input = SavedVariable(input, false);
-  node->target = SavedVariable(target, false);
-  if (arguments.weight) node->weight = SavedVariable(*arguments.weight, false);
-  node->reduction = reduction;
-  node->ignore_index = std::move(ignore_index);
-  node->label_smoothing = label_smoothing;
-  node->dtype = input.scalar_type();
-  node->is_plain = is_plain;
-  node->is_in_place = is_in_place;
-  torch::autograd::set_history(loss, node);
+  record_cross_entropy(loss, grad, arguments, std::move(ignore_index), is_plain, is_in_place);
   return loss;
 }
 
