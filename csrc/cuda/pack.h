@@ -52,7 +52,7 @@ struct Pack {
     return pack;
   }
 
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   static __device__ __forceinline__ uint4 load_word(const uint4* from) {
     uint4 word;
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
