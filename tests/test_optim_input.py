@@ -147,6 +147,8 @@ UNUSUAL = [
 @all_classes
 @pytest.mark.parametrize("make", UNUSUAL, ids=lambda f: f.__name__)
 def test_unusual_tensors_give_torchs_result_or_torchs_error(make, name):
+    if make is with_capturable and devices.current() == devices.SHIM_DEVICE:
+        pytest.skip("the shim's kernels take what those of a GPU take")
     results = []
     for module in (fastopt, torch.optim):
         try:
