@@ -4,13 +4,16 @@
 #include <algorithm>  // min
 
 #include "cpu/isa.h"
-#include "cpu/lanes.h"
 #include "losses/cross_entropy.h"
+#include "math/exp.h"
 
 namespace fastopt::cpu {
 
 // Logits of a block and their exponentials stay in the first-level cache.
 constexpr int64_t kRowBlock = 2048;
+// Sums are kept apart by lane, several vectors of any instruction set: none waits for the one before, and none is added
+// up across its lanes before the end.
+constexpr int64_t kLanes = 64;
 // Terms of one lane summed in the compute type before the sum moves to double.
 constexpr int64_t kSumTerms = 16;
 
@@ -26,21 +29,51 @@ struct Row {
   int64_t target;
 };
 
-// Sums over the classes, by lane, relative to max.
+// Sums of terms, by lane: of a few in the compute type, of all in double.
 template <class T>
+struct LaneSums {
+  alignas(64) T few[kLanes] = {};
+  alignas(64) double all[kLanes] = {};
+
+  FASTOPT_HD void flush() {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      all[l] += few[l];
+      few[l] = 0;
+    }
+  }
+  FASTOPT_HD double total() const {
+    double total = 0;
+    for (int64_t l = 0; l < kLanes; ++l) total += all[l];
+    return total;
+  }
+};
+
+// Sums over the classes, relative to max.
+template <class T, TargetKind kTarget>
 struct RowLaneSums {
   // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
   T max = std::numeric_limits<T>::lowest();
   LaneSums<T> exp, q, qx;
 
-  FASTOPT_HD RowSums<double> total() const { return {static_cast<double>(max), exp.total(), q.total(), qx.total()}; }
-  template <TargetKind kTarget>
+  FASTOPT_HD void flush() {
+    exp.flush();
+    if constexpr (kTarget != TargetKind::kIndex) {
+      q.flush();
+      qx.flush();
+    }
+  }
+  FASTOPT_HD RowSums<double> total() const {
+    if constexpr (kTarget == TargetKind::kIndex) return {static_cast<double>(max), exp.total()};
+    return {static_cast<double>(max), exp.total(), q.total(), qx.total()};
+  }
   FASTOPT_HD void rebase(T new_max) {
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
-    exp.sums *= std::exp(shift);
+    const double factor = std::exp(shift);
+    for (int64_t l = 0; l < kLanes; ++l) exp.all[l] *= factor;
     if constexpr (kTarget != TargetKind::kIndex) {
       // Not 0 times the infinity that leaving the lowest number gives.
-      for (int64_t i = 0; i < kLanes<T>; ++i) qx.sums[i] += q.sums[i] != 0 ? q.sums[i] * shift : 0;
+      for (int64_t l = 0; l < kLanes; ++l) qx.all[l] += q.all[l] != 0 ? q.all[l] * shift : 0;
     }
     max = new_max;
   }
@@ -60,74 +93,52 @@ FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* b
 
 template <class T>
 FASTOPT_HD T max_of(const T* x, int64_t n) {
-  Lanes<T> lanes = Lanes<T>{} + std::numeric_limits<T>::lowest(), more = lanes;
-  int64_t i = 0;
-  for (; i + 2 * kLanes<T> <= n; i += 2 * kLanes<T>) {
-    const Lanes<T> a = load_lanes(x + i), b = load_lanes(x + i + kLanes<T>);
-    lanes = a > lanes ? a : lanes;
-    more = b > more ? b : more;
-  }
-  lanes = more > lanes ? more : lanes;
-  for (; i < n; i += kLanes<T>) {
-    const Lanes<T> a = load_lanes(x + i, std::min(kLanes<T>, n - i), std::numeric_limits<T>::lowest());
-    lanes = a > lanes ? a : lanes;
-  }
-  T max = lanes[0];
-  for (int64_t k = 1; k < kLanes<T>; ++k) max = lanes[k] > max ? lanes[k] : max;
+  T max = std::numeric_limits<T>::lowest();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
   return max;
 }
 
-// Adds a block's exponentials and q to the sums, relative to sums.max; keeps the exponentials if a gradient is wanted.
-// `ahead` is where the next block's memory begins.
+// Adds the exponentials and q of n <= kLanes classes to the sums, relative to sums.max; keeps the exponentials if a
+// gradient is wanted. `first` counts the classes before them.
+template <class T, TargetKind kTarget, bool kWantsGrad>
+FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, int64_t first, int64_t n, T* exps,
+                            RowLaneSums<T, kTarget>& sums) {
+  const T max = sums.max;
+#pragma omp simd
+  for (int64_t l = 0; l < n; ++l) {
+    const T shifted = x[l] - max;
+    const T e = exp_nonpositive(shifted);
+    sums.exp.few[l] += e;
+    if constexpr (kWantsGrad) exps[l] = e;
+    if constexpr (kTarget != TargetKind::kIndex) {
+      const T q = spread_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
+      sums.q.few[l] += q;
+      sums.qx.few[l] += q * shifted;
+    }
+  }
+}
+
+// The same of a block. `ahead` is where the next block's memory begins.
 template <class S, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_HD void add_block(const compute_t<S>* x, const compute_t<S>* y, const TargetTerms<compute_t<S>> terms,
                           int64_t first, int64_t n, const S* ahead, compute_t<S>* exps,
-                          RowLaneSums<compute_t<S>>& sums) {
+                          RowLaneSums<compute_t<S>, kTarget>& sums) {
   using T = compute_t<S>;
-  using V = Lanes<T>;
-  const T max = sums.max;
-  V exp_sum{}, q_sum{}, qx_sum{};
-  const auto add = [&](int64_t i, int64_t n_lanes, auto is_whole) __attribute__((always_inline)) {
-    constexpr bool kIsWhole = decltype(is_whole)::value;
-    const auto take = [&](const T* from, T rest) __attribute__((always_inline)) {
-      return kIsWhole ? load_lanes(from) : load_lanes(from, n_lanes, rest);
-    };
-    const V shifted = take(x + i, max) - max;
-    V e = exp_nonpositive(shifted);
-    if constexpr (!kIsWhole) e = keep_first<T>(e, n_lanes);
-    exp_sum += e;
-    if constexpr (kWantsGrad) store_lanes<T>(exps + i, e, n_lanes);
-    if constexpr (kTarget != TargetKind::kIndex) {
-      V weight{}, probability{};
-      if constexpr (is_weighted(kTarget)) weight = take(terms.weight + first + i, T(0));
-      if constexpr (!has_index(kTarget)) probability = take(y + i, T(0));
-      V q = spread_q<kTarget>(terms, weight, probability);
-      if constexpr (!kIsWhole) q = keep_first<T>(q, n_lanes);
-      q_sum += q;
-      qx_sum += q * shifted;
+  constexpr int64_t kLineElements = 64 / sizeof(S);
+  for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
+    const int64_t end = std::min(part + kSumTerms * kLanes, n);
+    int64_t i = part;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(ahead + i + l);
+      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, kLanes,
+                                          exps + (kWantsGrad ? i : 0), sums);
     }
-  };
-  const auto flush = [&]() __attribute__((always_inline)) {
-    sums.exp.add(exp_sum);
-    exp_sum = V{};
-    if constexpr (kTarget != TargetKind::kIndex) {
-      sums.q.add(q_sum);
-      sums.qx.add(qx_sum);
-      q_sum = qx_sum = V{};
+    if (i < end) {
+      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, end - i,
+                                          exps + (kWantsGrad ? i : 0), sums);
     }
-  };
-  const int64_t n_whole = n / kLanes<T> * kLanes<T>;
-  for (int64_t part = 0; part < n_whole; part += kSumTerms * kLanes<T>) {
-    const int64_t end = std::min(part + kSumTerms * kLanes<T>, n_whole);
-    for (int64_t i = part; i < end; i += kLanes<T>) {
-      __builtin_prefetch(ahead + i);
-      add(i, kLanes<T>, BoolConstant<true>{});
-    }
-    flush();
-  }
-  if (n_whole < n) {
-    add(n_whole, n - n_whole, BoolConstant<false>{});
-    flush();
+    sums.flush();
   }
 }
 
@@ -156,14 +167,14 @@ FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<com
   const double target_logit = kHasTarget ? static_cast<double>(load(row.logits[row.target])) : 0.0;
   alignas(64) T x_buffer[kRowBlock];
   [[maybe_unused]] alignas(64) T y_buffer[kRowBlock];
-  RowLaneSums<T> lane_sums;
+  RowLaneSums<T, kTarget> lane_sums;
   for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
     const int64_t n = std::min(kRowBlock, row.n_classes - first);
     const T* x = widened(row.logits + first, n, x_buffer);
     const T* y = nullptr;
     if constexpr (!kHasTarget) y = widened(row.probabilities + first, n, y_buffer);
     const T max = max_of(x, n);
-    if (max > lane_sums.max) lane_sums.template rebase<kTarget>(max);
+    if (max > lane_sums.max) lane_sums.rebase(max);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
     add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + kRowBlock,
                                       kWantsGrad ? row.exps + first : nullptr, lane_sums);

@@ -8,8 +8,8 @@
 
 namespace fastopt::cpu {
 
-// Positions of a tile, so that what is found of each class stays in registers.
-constexpr int64_t kTileWidth = 64;
+// Positions of a tile: the lanes of its sums.
+constexpr int64_t kTileWidth = kLanes;
 
 template <class T>
 struct Tile {
@@ -25,43 +25,28 @@ struct Tile {
 
 template <class T>
 struct TileSums {
-  static constexpr int kVectors = kTileWidth / kLanes<T>;
-  Lanes<T> max[kVectors];
-  LaneSums<T> exp[kVectors], q[kVectors], qx[kVectors];
+  alignas(64) T max[kTileWidth];
+  LaneSums<T> exp, q, qx;
 };
 
-// Adds the exponentials and q of classes [first, last) to the sums.
+// Adds the exponentials and q of class c to the sums.
 template <class T, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_HD void add_classes(const Tile<T>& tile, const TargetTerms<T> terms, int64_t first, int64_t last,
-                            TileSums<T>& sums) {
-  using V = Lanes<T>;
-  constexpr int kVectors = TileSums<T>::kVectors;
-  V exp_sum[kVectors] = {}, q_sum[kVectors] = {}, qx_sum[kVectors] = {};
-  for (int64_t c = first; c < last; ++c) {
-    T* x = tile.values + c * tile.stride;
-    const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
-    for (int64_t i = 0; i < kTileWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
-    [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
-    const V weight = V{} + (is_weighted(kTarget) ? terms.weight[c] : T(0));
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const V shifted = load_lanes(x + v * kLanes<T>) - sums.max[v];
-      const V e = exp_nonpositive(shifted);
-      exp_sum[v] += e;
-      if constexpr (kTarget != TargetKind::kIndex) {
-        V probability{};
-        if constexpr (!has_index(kTarget)) probability = load_lanes(y + v * kLanes<T>);
-        const V q = spread_q<kTarget>(terms, weight, probability);
-        if constexpr (!has_index(kTarget)) q_sum[v] += q;
-        qx_sum[v] += q * shifted;
-      }
-      if constexpr (kWantsGrad) store_lanes<T>(x + v * kLanes<T>, e);
+FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c, TileSums<T>& sums) {
+  const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
+  for (int64_t i = 0; i < kTileWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
+  T* x = tile.values + c * tile.stride;
+  [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
+#pragma omp simd
+  for (int64_t j = 0; j < kTileWidth; ++j) {
+    const T shifted = x[j] - sums.max[j];
+    const T e = exp_nonpositive(shifted);
+    sums.exp.few[j] += e;
+    if constexpr (kTarget != TargetKind::kIndex) {
+      const T q = spread_q<T, kTarget>(terms, c, has_index(kTarget) ? T(0) : y[j]);
+      if constexpr (!has_index(kTarget)) sums.q.few[j] += q;
+      sums.qx.few[j] += q * shifted;
     }
-  }
-  for (int v = 0; v < kVectors; ++v) {
-    sums.exp[v].add(exp_sum[v]);
-    sums.q[v].add(q_sum[v]);
-    sums.qx[v].add(qx_sum[v]);
+    if constexpr (kWantsGrad) x[j] = e;
   }
 }
 
@@ -69,17 +54,13 @@ FASTOPT_HD void add_classes(const Tile<T>& tile, const TargetTerms<T> terms, int
 template <class T, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
                                        double* losses) {
-  using V = Lanes<T>;
   constexpr bool kHasTarget = has_index(kTarget);
-  constexpr int kVectors = TileSums<T>::kVectors;
   TileSums<T> sums;
-  for (int v = 0; v < kVectors; ++v) sums.max[v] = V{} + std::numeric_limits<T>::lowest();
+  for (int64_t j = 0; j < kTileWidth; ++j) sums.max[j] = std::numeric_limits<T>::lowest();
   for (int64_t c = 0; c < tile.n_classes; ++c) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const V x = load_lanes(tile.values + c * tile.stride + v * kLanes<T>);
-      sums.max[v] = x > sums.max[v] ? x : sums.max[v];
-    }
+    const T* x = tile.values + c * tile.stride;
+#pragma omp simd
+    for (int64_t j = 0; j < kTileWidth; ++j) sums.max[j] = x[j] > sums.max[j] ? x[j] : sums.max[j];
   }
 
   // Read before exponentials take the logits' place.
@@ -95,19 +76,18 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
     target_logit[j] = tile.values[targets[j] * tile.stride + j];
     on[j] = !is_kept[j] ? 0.0 : terms.weight ? terms.on * terms.weight[targets[j]] : terms.on;
   }
-  for (int64_t c = 0; c < tile.n_classes; c += kSumTerms) {
-    add_classes<T, kTarget, kWantsGrad>(tile, terms, c, std::min(c + kSumTerms, tile.n_classes), sums);
+  for (int64_t c = 0; c < tile.n_classes; ++c) {
+    add_class<T, kTarget, kWantsGrad>(tile, terms, c, sums);
+    if ((c + 1) % kSumTerms == 0 || c + 1 == tile.n_classes) {
+      sums.exp.flush();
+      if constexpr (!kHasTarget) sums.q.flush();
+      if constexpr (kTarget != TargetKind::kIndex) sums.qx.flush();
+    }
   }
 
   // What is found of each position, in vectors of double.
-  double max[kTileWidth], exp_sum[kTileWidth], log_sum[kTileWidth], q_sum[kTileWidth], qx_sum[kTileWidth];
-  for (int64_t j = 0; j < kTileWidth; ++j) {
-    const int64_t v = j / kLanes<T>, k = j % kLanes<T>;
-    max[j] = sums.max[v][k];
-    exp_sum[j] = sums.exp[v].sums[k];
-    q_sum[j] = kHasTarget ? terms.spread_sum : sums.q[v].sums[k];
-    qx_sum[j] = sums.qx[v].sums[k];
-  }
+  const double* exp_sum = sums.exp.all;
+  double log_sum[kTileWidth];
 #pragma omp simd
   for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
   for (int64_t j = 0; j < kTileWidth; ++j) {
@@ -119,11 +99,12 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
 #pragma omp simd
   for (int64_t j = 0; j < kTileWidth; ++j) {
     const double row_on = kHasTarget ? on[j] : 0.0;
-    const RowSums<double> row{max[j], exp_sum[j], q_sum[j], qx_sum[j]};
+    const double q_sum = kHasTarget ? terms.spread_sum : sums.q.all[j];
+    const RowSums<double> row{static_cast<double>(sums.max[j]), exp_sum[j], q_sum, sums.qx.all[j]};
     const double loss = row_loss(row, log_sum[j], row_on, kHasTarget ? static_cast<double>(target_logit[j]) : 0.0,
                                  kHasTarget, kTarget != TargetKind::kIndex);
     losses[j] = is_kept[j] ? loss : 0.0;
-    exact_factor[j] = grad_scale * (q_sum[j] + row_on) / exp_sum[j];
+    exact_factor[j] = grad_scale * (q_sum + row_on) / exp_sum[j];
     factor[j] = static_cast<T>(exact_factor[j]);
   }
   if constexpr (!kWantsGrad) return;
@@ -133,16 +114,13 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
   for (int64_t c = 0; c < tile.n_classes; ++c) {
     T* values = tile.values + c * tile.stride;
     [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
-    const V weight = V{} + (is_weighted(kTarget) ? terms.weight[c] : T(0));
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      V value = load_lanes(factor + v * kLanes<T>) * load_lanes(values + v * kLanes<T>);
+#pragma omp simd
+    for (int64_t j = 0; j < kTileWidth; ++j) {
+      T value = factor[j] * values[j];
       if constexpr (kTarget != TargetKind::kIndex) {
-        V probability{};
-        if constexpr (!has_index(kTarget)) probability = load_lanes(y + v * kLanes<T>);
-        value -= scale * spread_q<kTarget>(terms, weight, probability);
+        value -= scale * spread_q<T, kTarget>(terms, c, has_index(kTarget) ? T(0) : y[j]);
       }
-      store_lanes<T>(values + v * kLanes<T>, value);
+      values[j] = value;
     }
   }
   for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {

@@ -3,8 +3,8 @@
 
 #include <type_traits>  // is_same_v
 
+#include "common.h"
 #include "cpu/isa.h"
-#include "cpu/lanes.h"
 
 namespace fastopt::cpu {
 

@@ -18,9 +18,6 @@ namespace fastopt {
 enum class TargetKind : int8_t { kIndex, kIndexUniform, kIndexWeighted, kProbability, kProbabilityWeighted };
 
 constexpr bool has_index(TargetKind kind) { return kind <= TargetKind::kIndexWeighted; }
-constexpr bool is_weighted(TargetKind kind) {
-  return kind == TargetKind::kIndexWeighted || kind == TargetKind::kProbabilityWeighted;
-}
 
 // Positions are (outer, inner); a logit's offset is outer * outer_stride + class * class_stride + inner * inner_stride.
 // Either class_stride is 1 (rows; n_inner is 1) or inner_stride is 1 (columns).
@@ -67,21 +64,13 @@ struct TargetTerms {
   const T* weight;    // of each class, or null
 };
 
-// q of a class but for what index targets add at t; V is T, or several classes' T side by side. Terms by value: through
-// a reference the loops would not vectorise.
-template <TargetKind kTarget, class T, class V>
-FASTOPT_HD V spread_q(TargetTerms<T> terms, V weight, V probability) {
-  if constexpr (kTarget == TargetKind::kIndexUniform) return V{} + terms.off;
-  if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * weight;
-  const V q = terms.keep * probability + terms.off;
-  if constexpr (kTarget == TargetKind::kProbabilityWeighted) return weight * q;
-  return q;
-}
-
-// The same of class c.
+// q of class c but for what index targets add at t. Terms by value: through a reference the loops would not vectorise.
 template <class T, TargetKind kTarget>
 FASTOPT_HD T spread_q(TargetTerms<T> terms, int64_t c, T probability) {
-  return spread_q<kTarget>(terms, is_weighted(kTarget) ? terms.weight[c] : T(0), probability);
+  if constexpr (kTarget == TargetKind::kIndexUniform) return terms.off;
+  if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * terms.weight[c];
+  const T q = terms.keep * probability + terms.off;
+  return kTarget == TargetKind::kProbabilityWeighted ? terms.weight[c] * q : q;
 }
 
 // The running maximum, and what is summed relative to it. The CPU keeps sums in double and adds blocks of them; a GPU's

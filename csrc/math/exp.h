@@ -10,29 +10,34 @@ namespace fastopt {
 // x = n log 2 + r, |r| <= log(2) / 2, so e^x = 2^n e^r. Adding 1.5 * 2^(mantissa bits) rounds x / log 2 to the integer
 // n and leaves n in the low bits. log 2 is split so that n times its first part is exact (Cody & Waite, 1980). e^r is
 // 1 + r + r^2 q(r) with q interpolated at the Chebyshev nodes; its relative error is 1.0e-8 and 1.7e-17.
-//
-// F is float or several side by side, and Bits unsigned integers of the same sizes.
-template <class F, class Bits>
-FASTOPT_HD F exp_of_floats(F x) {
-  const F shifted = x * 1.44269504f + 12582912.0f;
-  const F n = shifted - 12582912.0f;
-  const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  F q = 1.3926213e-3f * r + 8.3632031e-3f;
+FASTOPT_HD float exp_nonpositive(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);  // CUDA's own: 1 unit in the last place, in fewer instructions
+#else
+  const float shifted = x * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float q = 1.3926213e-3f;
+  q = q * r + 8.3632031e-3f;
   q = q * r + 4.1666556e-2f;
   q = q * r + 1.6666577e-1f;
   q = q * r + 0.5f;
-  const F power = bit_cast<F>((bit_cast<Bits>(shifted) << 23) + 0x3f800000u);
+  const float power = bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
   // A product, not an addition to the exponent bits, so that a NaN stays a NaN.
-  const F result = (r * r * q + r + 1.0f) * power;
-  return x < -87.33654f ? F{} : result;
+  const float result = (r * r * q + r + 1.0f) * power;
+  return x < -87.33654f ? 0.0f : result;
+#endif
 }
 
-template <class F, class Bits>
-FASTOPT_HD F exp_of_doubles(F x) {
-  const F shifted = x * 1.4426950408889634 + 6755399441055744.0;
-  const F n = shifted - 6755399441055744.0;
-  const F r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
-  F q = 0x1.af38d53857513p-26 * r + 0x1.2891a8c1d838dp-22;
+FASTOPT_HD double exp_nonpositive(double x) {
+#if defined(__CUDA_ARCH__)
+  return exp(x);
+#else
+  const double shifted = x * 1.4426950408889634 + 6755399441055744.0;
+  const double n = shifted - 6755399441055744.0;
+  const double r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  double q = 0x1.af38d53857513p-26;
+  q = q * r + 0x1.2891a8c1d838dp-22;
   q = q * r + 0x1.71de0d9c145d0p-19;
   q = q * r + 0x1.a019b8ef67c6cp-16;
   q = q * r + 0x1.a01a01a7c8d47p-13;
@@ -41,23 +46,9 @@ FASTOPT_HD F exp_of_doubles(F x) {
   q = q * r + 0x1.5555555553d4fp-5;
   q = q * r + 0x1.5555555555556p-3;
   q = q * r + 0.5;
-  const F power = bit_cast<F>((bit_cast<Bits>(shifted) << 52) + 0x3ff0000000000000ull);
-  const F result = (r * r * q + r + 1.0) * power;
-  return x < -708.3964185322641 ? F{} : result;
-}
-
-FASTOPT_HD float exp_nonpositive(float x) {
-#if defined(__CUDA_ARCH__)
-  return expf(x);  // CUDA's own: 1 unit in the last place, in fewer instructions
-#else
-  return exp_of_floats<float, uint32_t>(x);
-#endif
-}
-FASTOPT_HD double exp_nonpositive(double x) {
-#if defined(__CUDA_ARCH__)
-  return exp(x);
-#else
-  return exp_of_doubles<double, uint64_t>(x);
+  const double power = bit_cast<double>((bit_cast<uint64_t>(shifted) << 52) + 0x3ff0000000000000ull);
+  const double result = (r * r * q + r + 1.0) * power;
+  return x < -708.3964185322641 ? 0.0 : result;
 #endif
 }
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .. import _native
+
 STRETCH_S = 30e-3  # of timed calls, after one untimed call
 MAX_CALLS = 20_000
 COPY_BYTES = 2**29  # a larger copy's time is that of so many bytes, scaled
@@ -124,6 +126,7 @@ def peak_extra_bytes(started, device):
     started.call()
     started.reset()
     gc.collect()
+    _native.empty_cache()  # or the gradient would be found in memory that is resident already
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
