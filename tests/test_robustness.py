@@ -164,6 +164,7 @@ INTERRUPTED = """
             time.sleep(random.Random(next(delays)).random() * 2e-3)
             os.kill(os.getpid(), signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
     make()[1].step()
     n_interrupted = 0
     delays = itertools.count()
