@@ -1,7 +1,6 @@
 """What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
 
 import abc
-import contextlib
 import functools
 import numbers
 
@@ -127,10 +126,10 @@ class FusedOptimizer(Optimizer):
             return
         if on_cuda:
             self._torch_step()
-        elif any(group.get("capturable") for group in self.param_groups) or not all(map(self._agree, options, lists)):
-            # torch judges mixtures as it goes: it may fail when it has updated some.
-            with values_as_they_were(_dense_tensors(self)), self._as_not_fused():
-                self._torch_step()
+        elif not all(map(self._agree, options, lists)):
+            self._let_torch_judge(is_fused=False)  # its fused kernels look at neither shapes nor layouts
+        elif any(group.get("capturable") for group in self.param_groups):
+            self._let_torch_judge(is_fused=True)
         elif not all(_is_for_reference(tensor) for params, grads, *_ in lists for tensor in (*params, *grads)):
             self._torch_step()
         else:
@@ -182,15 +181,15 @@ class FusedOptimizer(Optimizer):
             for grad in grads:
                 grad.div_(grad_scale)
 
-    @contextlib.contextmanager
-    def _as_not_fused(self):
-        """torch's fused kernels look at neither shapes nor layouts; its loop over tensors does."""
-        fused = [(group, group["fused"]) for group in self.param_groups if group.get("fused")]
+    def _let_torch_judge(self, is_fused):
+        """torch's own step, of gradients that are unscaled; in its loop over tensors where ``fused`` may not stay."""
+        fused = [(group, group["fused"]) for group in self.param_groups if group.get("fused") and not is_fused]
         scaling = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
         for group, _ in fused:
             group["fused"] = False
         try:
-            yield
+            with values_as_they_were(_dense_tensors(self)):  # it may fail when it has updated some
+                self._torch_step()
         finally:
             self.__dict__.update(scaling)
             for group, value in fused:
