@@ -30,8 +30,9 @@ struct Pack {
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
   }
 
-  // The same for global memory alone, in instructions that the compiler cannot split: from sm_100 on it makes four
-  // loads of 4 bytes of a pack whose elements it then takes apart.
+  // The same for global memory alone. From sm_100 on, of elements under 8 bytes, in instructions that the compiler
+  // cannot split: it would make four loads of 4 bytes of a pack whose elements it then takes apart. The others it keeps
+  // whole.
   static __device__ __forceinline__ Pack load_global(const S* from) {
     uint4 words[kWords];
 #pragma unroll
@@ -46,6 +47,8 @@ struct Pack {
   }
 
  private:
+  static constexpr bool kIsKeptWhole = sizeof(S) == 8;
+
   static __device__ __forceinline__ Pack from_words(const uint4 (&words)[kWords]) {
     Pack pack;
     memcpy(&pack, words, sizeof(pack));
@@ -54,17 +57,25 @@ struct Pack {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   static __device__ __forceinline__ uint4 load_word(const uint4* from) {
-    uint4 word;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
-                 : "l"(__cvta_generic_to_global(from))
-                 : "memory");
-    return word;
+    if constexpr (kIsKeptWhole) {
+      return *from;
+    } else {
+      uint4 word;
+      asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+                   : "l"(__cvta_generic_to_global(from))
+                   : "memory");
+      return word;
+    }
   }
   static __device__ __forceinline__ void store_word(uint4* to, const uint4& word) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
-                 "r"(word.y), "r"(word.z), "r"(word.w)
-                 : "memory");
+    if constexpr (kIsKeptWhole) {
+      *to = word;
+    } else {
+      asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),
+                   "r"(word.y), "r"(word.z), "r"(word.w)
+                   : "memory");
+    }
   }
 #else
   static __device__ __forceinline__ uint4 load_word(const uint4* from) { return *from; }
