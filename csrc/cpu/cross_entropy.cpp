@@ -113,7 +113,11 @@ double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int
   double sum = 0;
   for (int64_t i = 0; i < n; i += kTileWidth) {
     const TilePlace ahead = TilePlace::of(p.logits_layout, outer, first + n + i, n);
-    Tile<T> tile{values + i, nullptr, width, n_classes, nullptr, p.ignore_index};
+    Tile<T> tile{};
+    tile.values = values + i;
+    tile.stride = width;
+    tile.n_classes = n_classes;
+    tile.ignore_index = p.ignore_index;
     tile.ahead = static_cast<const S*>(p.logits) + ahead.offset;
     tile.ahead_stride = ahead.view.class_stride * static_cast<int64_t>(sizeof(S));
     const int64_t n_tile = std::min(kTileWidth, n - i);
