@@ -52,28 +52,31 @@ struct LaneSums {
 // Sums over the classes, relative to max.
 template <class T, TargetKind kTarget>
 struct RowLaneSums {
+  // An even spread's q is known from the number of classes.
+  static constexpr bool kSumsQ = kTarget != TargetKind::kIndex && kTarget != TargetKind::kIndexUniform;
   // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
   T max = std::numeric_limits<T>::lowest();
   LaneSums<T> exp, q, qx;
 
   FASTOPT_HD void flush() {
     exp.flush();
-    if constexpr (kTarget != TargetKind::kIndex) {
-      q.flush();
-      qx.flush();
-    }
+    if constexpr (kSumsQ) q.flush();
+    if constexpr (kTarget != TargetKind::kIndex) qx.flush();
   }
   FASTOPT_HD RowSums<double> total() const {
     if constexpr (kTarget == TargetKind::kIndex) return {static_cast<double>(max), exp.total()};
     return {static_cast<double>(max), exp.total(), q.total(), qx.total()};
   }
-  FASTOPT_HD void rebase(T new_max) {
+  // even_q: what an even spread has given the classes so far.
+  FASTOPT_HD void rebase(T new_max, double even_q) {
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
     const double factor = std::exp(shift);
     for (int64_t l = 0; l < kLanes; ++l) exp.all[l] *= factor;
-    if constexpr (kTarget != TargetKind::kIndex) {
-      // Not 0 times the infinity that leaving the lowest number gives.
+    // Not 0 times the infinity that leaving the lowest number gives.
+    if constexpr (kSumsQ) {
       for (int64_t l = 0; l < kLanes; ++l) qx.all[l] += q.all[l] != 0 ? q.all[l] * shift : 0;
+    } else if (even_q != 0) {
+      qx.all[0] += even_q * shift;
     }
     max = new_max;
   }
@@ -113,7 +116,7 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
     if constexpr (kWantsGrad) exps[l] = e;
     if constexpr (kTarget != TargetKind::kIndex) {
       const T q = spread_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
-      sums.q.few[l] += q;
+      if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.few[l] += q;
       sums.qx.few[l] += q * shifted;
     }
   }
@@ -174,7 +177,7 @@ FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<com
     const T* y = nullptr;
     if constexpr (!kHasTarget) y = widened(row.probabilities + first, n, y_buffer);
     const T max = max_of(x, n);
-    if (max > lane_sums.max) lane_sums.rebase(max);
+    if (max > lane_sums.max) lane_sums.rebase(max, static_cast<double>(terms.off) * first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
     add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + kRowBlock,
                                       kWantsGrad ? row.exps + first : nullptr, lane_sums);

@@ -88,11 +88,14 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
   // What is found of each position, in vectors of double.
   const double* exp_sum = sums.exp.all;
   double log_sum[kTileWidth];
+  if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
+    for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = std::log(exp_sum[j]);
+  } else {
 #pragma omp simd
-  for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
-  for (int64_t j = 0; j < kTileWidth; ++j) {
-    // A sum of 1 and more is what finite logits have; float64 has its own logarithm.
-    if (std::is_same_v<T, double> || !(exp_sum[j] >= 1)) log_sum[j] = std::log(exp_sum[j]);
+    for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
+    for (int64_t j = 0; j < kTileWidth; ++j) {
+      if (!(exp_sum[j] >= 1)) log_sum[j] = std::log(exp_sum[j]);  // logits that are not finite
+    }
   }
   double exact_factor[kTileWidth];
   T factor[kTileWidth];
