@@ -55,6 +55,23 @@ exec c++ -fPIC -x c++ -c "$source" -o $objects
 """
 
 
+DAMAGES = ("truncated", "garbage", "no library", "no identity", "bad identity")
+
+
+def do_damage(damage, library, identity):
+    """Leave a cached library, or the file that says what it was built from, as no build leaves them."""
+    if damage == "truncated":
+        os.truncate(library, library.stat().st_size // 2)
+    elif damage == "garbage":
+        library.write_bytes(b"not a library")
+    elif damage == "no library":
+        library.unlink()
+    elif damage == "no identity":
+        identity.unlink()
+    else:
+        identity.write_text("[")
+
+
 class Package:
     """A stand-in checkout of fastopt with a cache of its own; ``run`` gives it a fresh process."""
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from stand_in import ROOT, TIMEOUT_S, USE, Holding, assert_one_warning, script
+from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Holding, assert_one_warning, do_damage, script
 
 # First use
 
@@ -108,19 +108,9 @@ def test_forks_during_a_build_do_not_deadlock(package):
 # The cache
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "no library", "no identity", "bad identity"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_compiled_anew(copied, damage):
-    library, identity = copied.library(), copied.entry() / "_C.json"
-    if damage == "truncated":
-        os.truncate(library, library.stat().st_size // 2)
-    elif damage == "garbage":
-        library.write_bytes(b"not a library")
-    elif damage == "no library":
-        library.unlink()
-    elif damage == "no identity":
-        identity.unlink()
-    else:
-        identity.write_text("[")
+    do_damage(damage, copied.library(), copied.entry() / "_C.json")
     assert copied.run() == ("native-cpu-baseline", Holding("compiled in"))
     assert copied.run() == ("native-cpu-baseline", "")
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastopt import _build_cuda
 from fastopt._build import BuildError
-from stand_in import FAKE_NVCC, USE_CUDA, Holding, assert_one_warning
+from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Holding, assert_one_warning, do_damage
 
 COMPILED = Holding("compiling the CUDA kernels", "compiled in")
 INFO = """
@@ -253,20 +253,10 @@ def test_changed_cuda_sources_are_compiled_anew(compiled, path, compiles):
     assert compiled.run_cuda(code) == ("True", COMPILED if compiles else "")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "no library", "no identity", "bad identity"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cuda_library_is_compiled_anew(compiled, damage):
     library = compiled.cuda_library()
-    identity = library.with_name("_cuda.json")
-    if damage == "truncated":
-        os.truncate(library, library.stat().st_size // 2)
-    elif damage == "garbage":
-        library.write_bytes(b"not a library")
-    elif damage == "no library":
-        library.unlink()
-    elif damage == "no identity":
-        identity.unlink()
-    else:
-        identity.write_text("[")
+    do_damage(damage, library, library.with_name("_cuda.json"))
     assert compiled.run_cuda() == ("{True}", COMPILED)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import fastopt
 
+from .._arguments import at_least, new_file
 from . import compare, machine, plot, providers, report, runner
 from .cases import cases_for
 
@@ -26,14 +27,14 @@ def add_arguments(parser):
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no torch.compile, no long case")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=_at_least(1), help="threads of torch and fastopt; default: torch's")
-    parser.add_argument("--rounds", type=_at_least(1), help="turns of each provider; default: what fits some 4 s")
+    parser.add_argument("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
+    parser.add_argument("--rounds", type=at_least(1), help="turns of each provider; default: what fits some 4 s")
     parser.add_argument(
         "--compile",
         choices=("none", "loss", "step", "all"),
         help="what to time torch.compile of; default: loss, or none with --quick",
     )
-    parser.add_argument("--timeout", type=_at_least(1), default=600, metavar="S", help="default: %(default)s")
+    parser.add_argument("--timeout", type=at_least(1), default=600, metavar="S", help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="list the cases and the bytes they must move")
     parser.set_defaults(bench_command=None)
     _add_outputs(parser)
@@ -52,8 +53,8 @@ def add_arguments(parser):
 
 def _add_outputs(parser, has_json=True):
     if has_json:
-        parser.add_argument("--json", type=_new_file, metavar="FILE", help="write all numbers, after every case")
-    parser.add_argument("--png", type=_new_file, metavar="FILE", help="draw the ratios; needs matplotlib")
+        parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers, after every case")
+    parser.add_argument("--png", type=new_file, metavar="FILE", help="draw the ratios; needs matplotlib")
     parser.add_argument("--readme", type=_readme, metavar="FILE", help=f"rewrite what is after {report.BEGIN}")
 
 
@@ -149,23 +150,6 @@ def _read(file, parser):
         return report.read_json(file)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-
-
-def _at_least(lowest):
-    def integer(text):
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be >= {lowest}, got {value}")
-        return value
-
-    return integer
-
-
-def _new_file(text):
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
-    return path
 
 
 def _readme(text):

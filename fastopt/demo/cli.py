@@ -10,6 +10,7 @@ import torch
 
 import fastopt
 
+from .._arguments import at_least, new_file
 from . import data, plot, processes, report, train
 from .models import MODELS
 from .progress import Progress
@@ -31,11 +32,11 @@ def add_arguments(parser):
     parser.add_argument("--model", choices=tuple(MODELS), default=defaults.model, help="default: %(default)s")
     parser.add_argument("--optimizer", choices=(*train.OPTIMIZERS, "all"), default="all", help="default: %(default)s")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=_at_least(1), help=f"steps to train; default: {defaults.steps}")
-    length.add_argument("--epochs", type=_at_least(1), help="train so many times over all images instead")
-    parser.add_argument("--batch-size", type=_at_least(1), default=defaults.batch_size, help="default: %(default)s")
+    length.add_argument("--steps", type=at_least(1), help=f"steps to train; default: {defaults.steps}")
+    length.add_argument("--epochs", type=at_least(1), help="train so many times over all images instead")
+    parser.add_argument("--batch-size", type=at_least(1), default=defaults.batch_size, help="default: %(default)s")
     parser.add_argument("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
-    parser.add_argument("--seed", type=_at_least(0), default=defaults.seed, help="default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=defaults.seed, help="default: %(default)s")
     parser.add_argument(
         "--stock",
         choices=tuple(report.STOCK),
@@ -44,11 +45,11 @@ def add_arguments(parser):
         "implementations fastopt is compared with; default: the one torch.optim takes by itself",
     )
     parser.add_argument("--device", type=_device, default=defaults.device, help="cpu or cuda; default: %(default)s")
-    parser.add_argument("--threads", type=_at_least(1), help="threads of torch and fastopt; default: torch's")
+    parser.add_argument("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
     parser.add_argument("--data", type=Path, metavar="DIR", help=DATA_HELP)
     parser.add_argument("--download", action="store_true", help="fetch MNIST through torchvision into --data or ./data")
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write everything known about the run")
-    parser.add_argument("--png", type=_new_file, metavar="FILE", help="write loss curves and times as a picture")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything known about the run")
+    parser.add_argument("--png", type=new_file, metavar="FILE", help="write loss curves and times as a picture")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -120,16 +121,6 @@ def _config(args, n_train):
     return dataclasses.replace(config, steps=steps)
 
 
-def _at_least(lowest):
-    def integer(text):
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"must be >= {lowest}, got {value}")
-        return value
-
-    return integer
-
-
 def learning_rate(text):
     value = float(text)
     if not 0 <= value < math.inf:
@@ -147,10 +138,3 @@ def _device(text):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {text!r}")
     return text
-
-
-def _new_file(text):
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
-    return path

@@ -64,21 +64,7 @@ def cross_entropy(
 
     Source: online maximum and sum: Milakov & Gimelshein, arXiv:1805.02867, 2018, algorithm 3.
     """
-    if torch.jit.is_scripting():
-        if process_group is not None:
-            raise RuntimeError("process_group is not for TorchScript")
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        return torch.ops.fastopt.cross_entropy(
-            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
-        )
-    if process_group is not None:
-        if size_average is not None or reduce is not None:
-            reduction = _reduction.legacy_get_string(size_average, reduce)
-        return vocab_parallel.cross_entropy(
-            input, target, process_group, weight, reduction, ignore_index, label_smoothing
-        )
-    if has_torch_function_variadic(input, target, weight):
+    if not torch.jit.is_scripting() and process_group is None and has_torch_function_variadic(input, target, weight):
         return handle_torch_function(
             cross_entropy,
             (input, target, weight),
@@ -94,6 +80,16 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if torch.jit.is_scripting():
+        if process_group is not None:
+            raise RuntimeError("process_group is not for TorchScript")
+        return torch.ops.fastopt.cross_entropy(
+            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
+        )
+    if process_group is not None:
+        return vocab_parallel.cross_entropy(
+            input, target, process_group, weight, reduction, ignore_index, label_smoothing
+        )
     return _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward)
 
 
