@@ -26,6 +26,8 @@ def joined(device):
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
+        # Until its threads have let go of what Python gave them: one that does so while Python ends makes torch abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
