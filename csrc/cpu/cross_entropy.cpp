@@ -74,7 +74,12 @@ double run_rows(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
       } else {
         row.probabilities = static_cast<const S*>(p.probabilities) + i * p.probabilities_layout.outer_stride;
       }
-      loss = row_cross_entropy<S, kTarget, kWantsGrad>(row, terms, p.grad_scale);
+      RowTotals* totals = p.totals ? p.totals + i : nullptr;
+      if (kWantsGrad && totals) {
+        row_gradient<S, kTarget>(row, terms, p.grad_scale, *totals);
+      } else {
+        loss = row_cross_entropy<S, kTarget, kWantsGrad>(row, terms, p.grad_scale, totals);
+      }
     }
     if (p.losses) store(static_cast<S*>(p.losses)[i], static_cast<T>(loss));
     sum += loss;
@@ -198,11 +203,13 @@ TargetTally tally_targets(const CrossEntropyProblem& p, const Threads& threads) 
   return tally;
 }
 
+bool has_totals(const LogitLayout& layout) { return layout.is_rows() && layout.n_classes > kMaxNarrowClasses; }
+
 double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
   const LogitLayout& layout = p.logits_layout;
   const int64_t n_classes = layout.n_classes;
   const bool is_rows = layout.is_rows();
-  const bool is_tiled = !is_rows || n_classes <= kMaxNarrowClasses;
+  const bool is_tiled = !has_totals(layout);
   // Positions of one task: a whole number of tiles, or of rows.
   int64_t width = std::max<int64_t>((is_rows ? kLogitsPerTask : kTileElements) / n_classes, 1);
   if (is_tiled) width = std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);

@@ -16,7 +16,10 @@ struct TargetTally {
 // Reads the targets once, before anything is indexed by them.
 TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& threads);
 
-// Returns the sum of the losses; the same for any number of threads.
+// Whether `totals` of a problem are found and used.
+bool has_totals(const LogitLayout& layout);
+
+// Returns the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
 double cross_entropy(const CrossEntropyProblem& problem, const Threads& threads);
 
 }  // namespace fastopt::cpu

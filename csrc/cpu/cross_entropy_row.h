@@ -1,4 +1,5 @@
 // Cross-entropy of one wide row (contiguous classes), block by block: each logit is read from memory once.
+// Where loss and gradient are computed apart, the gradient reads it once more, and has the loss's sums.
 #pragma once
 
 #include <algorithm>  // min
@@ -96,9 +97,17 @@ FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* b
 
 template <class T>
 FASTOPT_HD T max_of(const T* x, int64_t n) {
+  // By lane, so that no maximum waits for the one before.
+  alignas(64) T lanes[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = std::numeric_limits<T>::lowest();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+  }
   T max = std::numeric_limits<T>::lowest();
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  for (int64_t l = 0; l < kLanes; ++l) max = lanes[l] > max ? lanes[l] : max;
+  for (; i < n; ++i) max = x[i] > max ? x[i] : max;
   return max;
 }
 
@@ -152,18 +161,15 @@ FASTOPT_HD void write_block(const compute_t<S>* exps, const S* y, const TargetTe
   using T = compute_t<S>;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    T value = factor * exps[i];
-    if constexpr (kTarget != TargetKind::kIndex) {
-      T probability = 0;
-      if constexpr (!has_index(kTarget)) probability = load(y[i]);
-      value -= scale * spread_q<T, kTarget>(terms, first + i, probability);
-    }
-    store(grad[i], value);
+    T probability = 0;
+    if constexpr (!has_index(kTarget)) probability = load(y[i]);
+    store(grad[i], class_gradient<T, kTarget>(exps[i], factor, scale, terms, first + i, probability));
   }
 }
 
 template <class S, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, double grad_scale) {
+FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, double grad_scale,
+                                        RowTotals* totals) {
   using T = compute_t<S>;
   constexpr bool kHasTarget = has_index(kTarget);
   // Read before exponentials may take the logits' place.
@@ -186,6 +192,7 @@ FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<com
   if constexpr (kHasTarget) sums.q_sum = terms.spread_sum;
   const double loss =
       row_loss(sums, std::log(sums.exp_sum), terms.on, target_logit, kHasTarget, kTarget != TargetKind::kIndex);
+  if (totals) *totals = {sums.max, sums.exp_sum, sums.q_sum};
 
   if constexpr (kWantsGrad) {
     const double q_sum = sums.q_sum + (kHasTarget ? terms.on : 0);
@@ -200,15 +207,43 @@ FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<com
                               static_cast<T>(block_factor), static_cast<T>(grad_scale), grad);
       const int64_t target = row.target - first;
       if (kHasTarget && target >= 0 && target < n) {
-        double value = block_factor * target_exp - grad_scale * terms.on;
-        if constexpr (kTarget != TargetKind::kIndex) {
-          value -= grad_scale * spread_q<T, kTarget>(terms, row.target, T(0));
-        }
+        const double value =
+            target_gradient<T, kTarget>(target_exp, block_factor, grad_scale, terms, terms.on, row.target);
         store(grad[target], static_cast<T>(value));
       }
     }
   }
   return loss;
+}
+
+// The gradient of a row whose totals are known, which may go over its logits.
+template <class S, TargetKind kTarget>
+FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<S>> terms, double grad_scale,
+                                 const RowTotals& totals) {
+  using T = compute_t<S>;
+  constexpr bool kHasTarget = has_index(kTarget);
+  const double exact_factor = grad_scale * (totals.q_sum + (kHasTarget ? terms.on : 0)) / totals.exp_sum;
+  const T factor = static_cast<T>(exact_factor), scale = static_cast<T>(grad_scale), max = static_cast<T>(totals.max);
+  const T target_logit = kHasTarget ? load(row.logits[row.target]) : T(0);
+  alignas(64) T x_buffer[kRowBlock];
+  for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
+    const int64_t n = std::min(kRowBlock, row.n_classes - first);
+    const T* x = widened(row.logits + first, n, x_buffer);
+    const S* y = row.probabilities + (kHasTarget ? 0 : first);
+    gradient_t<S>* grad = row.grad + first;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      T probability = 0;
+      if constexpr (!kHasTarget) probability = load(y[i]);
+      const T e = exp_nonpositive(x[i] - max);
+      store(grad[i], class_gradient<T, kTarget>(e, factor, scale, terms, first + i, probability));
+    }
+  }
+  if constexpr (kHasTarget) {
+    const T e = exp_nonpositive(target_logit - max);
+    const double value = target_gradient<T, kTarget>(e, exact_factor, grad_scale, terms, terms.on, row.target);
+    store(row.grad[row.target], static_cast<T>(value));
+  }
 }
 
 }  // namespace fastopt::cpu

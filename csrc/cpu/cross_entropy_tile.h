@@ -119,16 +119,12 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
     [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
 #pragma omp simd
     for (int64_t j = 0; j < kTileWidth; ++j) {
-      T value = factor[j] * values[j];
-      if constexpr (kTarget != TargetKind::kIndex) {
-        value -= scale * spread_q<T, kTarget>(terms, c, has_index(kTarget) ? T(0) : y[j]);
-      }
-      values[j] = value;
+      values[j] = class_gradient<T, kTarget>(values[j], factor[j], scale, terms, c, has_index(kTarget) ? T(0) : y[j]);
     }
   }
   for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {
-    double value = exact_factor[j] * target_exp[j] - grad_scale * on[j];
-    if constexpr (kTarget != TargetKind::kIndex) value -= grad_scale * spread_q<T, kTarget>(terms, targets[j], T(0));
+    const double value =
+        target_gradient<T, kTarget>(target_exp[j], exact_factor[j], grad_scale, terms, on[j], targets[j]);
     tile.values[targets[j] * tile.stride + j] = static_cast<T>(value);
     if (!is_kept[j]) {
       for (int64_t c = 0; c < tile.n_classes; ++c) tile.values[c * tile.stride + j] = 0;

@@ -31,6 +31,13 @@ struct LogitLayout {
 template <class S>
 using gradient_t = std::conditional_t<std::is_same_v<S, Half>, float, S>;
 
+// What a row's gradient needs of all its logits.
+struct RowTotals {
+  double max;
+  double exp_sum;  // sum exp(x - max)
+  double q_sum;    // sum q
+};
+
 struct CrossEntropyProblem {
   DType dtype;  // of logits, probabilities and losses
   const void* logits;
@@ -45,7 +52,8 @@ struct CrossEntropyProblem {
   void* grad;         // d loss / d logits times grad_scale, or null; float for float16 logits, else dtype
   LogitLayout grad_layout;
   double grad_scale;
-  void* losses;  // of each position, or null
+  void* losses;       // of each position, or null
+  RowTotals* totals;  // of each position: found where no gradient is wanted, used where one is; or null
 
   FASTOPT_HD TargetKind kind() const {
     if (probabilities) return weight ? TargetKind::kProbabilityWeighted : TargetKind::kProbability;
@@ -71,6 +79,21 @@ FASTOPT_HD T spread_q(TargetTerms<T> terms, int64_t c, T probability) {
   if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * terms.weight[c];
   const T q = terms.keep * probability + terms.off;
   return kTarget == TargetKind::kProbabilityWeighted ? terms.weight[c] * q : q;
+}
+
+// The gradient of class c, from e = exp(x - max); scale times what index targets add at t is still to be taken off.
+template <class T, TargetKind kTarget>
+FASTOPT_HD T class_gradient(T e, T factor, T scale, TargetTerms<T> terms, int64_t c, T probability) {
+  if constexpr (kTarget == TargetKind::kIndex) return factor * e;
+  return factor * e - scale * spread_q<T, kTarget>(terms, c, probability);
+}
+
+// The gradient of an index target t.
+template <class T, TargetKind kTarget>
+FASTOPT_HD double target_gradient(T e, double factor, double scale, TargetTerms<T> terms, double on, int64_t t) {
+  const double value = factor * e - scale * on;
+  if constexpr (kTarget == TargetKind::kIndex) return value;
+  return value - scale * spread_q<T, kTarget>(terms, t, T(0));
 }
 
 // The running maximum, and what is summed relative to it. The CPU keeps sums in double and adds blocks of them; a GPU's

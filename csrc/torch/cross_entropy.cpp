@@ -69,17 +69,18 @@ at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, con
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
   is_in_place &= wants_grad && is_plain;
   if (is_in_place) check_may_overwrite(input);
-  at::Tensor loss, grad;
+  at::Tensor loss, grad, totals;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_plain && number) {
-      std::tie(loss, grad) = cross_entropy_kernel(arguments, memory_for(wants_grad && !is_in_place));
+      std::tie(loss, grad) = cross_entropy_kernel(arguments, memory_for(wants_grad && !is_in_place), /*factor=*/1,
+                                                  is_in_place ? &totals : nullptr);
     } else {
       std::tie(loss, grad) = call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad);
     }
   }
   if (!wants_grad) return loss;
-  record_cross_entropy(loss, grad, arguments, std::move(ignore_index), is_plain, is_in_place);
+  record_cross_entropy(loss, grad, arguments, std::move(ignore_index), is_plain, is_in_place, std::move(totals));
   return loss;
 }
 

@@ -126,7 +126,7 @@ bool kernel_takes(const CrossEntropyArguments& a) {
 }
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
-                                                        double factor) {
+                                                        double factor, at::Tensor* totals) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
   const bool has_indices = a.target.scalar_type() == at::kLong;
   const bool is_half = a.input.scalar_type() == at::kHalf;
@@ -208,9 +208,16 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();
   problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
 
-  at::Tensor loss;
   const auto options = a.input.options().requires_grad(false);
-  if (a.reduction == at::Reduction::None) {
+  if (totals && !grad.defined() && cpu::has_totals(*layout)) {
+    *totals = at::empty({n_positions, sizeof(RowTotals)}, options.dtype(at::kByte));
+  }
+  if (totals && totals->defined()) problem.totals = static_cast<RowTotals*>(totals->mutable_data_ptr());
+
+  at::Tensor loss;
+  if (grad.defined() && problem.totals) {
+    cpu::cross_entropy(problem, threads);
+  } else if (a.reduction == at::Reduction::None) {
     loss = at::empty(loss_sizes, options);
     problem.losses = loss.mutable_data_ptr();
     cpu::cross_entropy(problem, threads);

@@ -31,7 +31,10 @@ enum class GradientMemory : int8_t { kNone, kFresh, kLogits };
 // row's own loss for reduction none; `factor` is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input.
 // Over the logits it goes only where they can be walked as they lie and have the gradient's dtype. Raises IndexError
 // for a target that is not a class.
+//
+// Loss first and gradient later, of the same logits: `totals` given without a gradient take what the gradient needs of
+// each row, where the kernel finds it; given back with one, they spare it the search, and the loss is undefined.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
-                                                        double factor = 1);
+                                                        double factor = 1, at::Tensor* totals = nullptr);
 
 }  // namespace fastopt

@@ -37,6 +37,7 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
 // in the backward, over the logits, whose version tells of it: whoever saved them for a backward of his own raises.
 struct CrossEntropyBackward final : torch::autograd::Node {
   SavedVariable grad, input, target, weight;
+  at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
   int64_t reduction = 0;
   c10::SymInt ignore_index = 0;
   double label_smoothing = 0;
@@ -50,6 +51,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (SavedVariable* variable : {&grad, &input, &target, &weight}) variable->reset_data();
+    totals.reset();
     is_released_ = true;
   }
 
@@ -100,7 +102,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
     auto grad = std::get<1>(cross_entropy_kernel({logits, indices, weights.defined() ? &weights : nullptr, reduction,
                                                   ignore_index.expect_int(), label_smoothing},
-                                                 GradientMemory::kLogits, number.value_or(1)));
+                                                 GradientMemory::kLogits, number.value_or(1), &totals));
     if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
     if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
     torch::autograd::increment_version(logits);
@@ -173,7 +175,7 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
 }
 
 void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,
-                          c10::SymInt ignore_index, bool is_plain, bool is_in_place) {
+                          c10::SymInt ignore_index, bool is_plain, bool is_in_place, at::Tensor totals) {
   auto node = make_node<decltype(torch::autograd::Edge::function)>();
   node->set_next_edges(torch::autograd::collect_next_edges(arguments.input));
   node->grad = SavedVariable(grad, /*is_output=*/false);
@@ -186,6 +188,7 @@ void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const 
   node->dtype = arguments.input.scalar_type();
   node->is_plain = is_plain;
   node->is_in_place = is_in_place;
+  node->totals = std::move(totals);
   torch::autograd::set_history(loss, node);
 }
 

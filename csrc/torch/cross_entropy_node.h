@@ -29,8 +29,8 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse);
 
 // Makes loss a function of the arguments' input. `grad` was computed with it; is_plain: on an ordinary tensor, not on a
-// traced one; is_in_place: in the backward it will be, over the logits.
+// traced one; is_in_place: in the backward it will be, over the logits, with the totals that the loss has left.
 void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,
-                          c10::SymInt ignore_index, bool is_plain, bool is_in_place);
+                          c10::SymInt ignore_index, bool is_plain, bool is_in_place, at::Tensor totals);
 
 }  // namespace fastopt
