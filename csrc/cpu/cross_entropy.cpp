@@ -125,20 +125,19 @@ double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int
     tile.ignore_index = p.ignore_index;
     tile.ahead = static_cast<const S*>(p.logits) + ahead.offset;
     tile.ahead_stride = ahead.view.class_stride * static_cast<int64_t>(sizeof(S));
-    const int64_t n_tile = std::min(kTileWidth, n - i);
+    tile.n_positions = std::min(kTileWidth, n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
       const int64_t* target = p.target + first_position + i;
-      std::fill(std::copy(target, target + n_tile, targets), targets + kTileWidth, p.ignore_index);
+      std::fill(std::copy(target, target + tile.n_positions, targets), targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
       tile.probabilities = probabilities + i;
     }
     double losses[kTileWidth];
-    tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
-    for (int64_t j = 0; j < n_tile; ++j) {
-      if (p.losses) store(static_cast<S*>(p.losses)[first_position + i + j], static_cast<T>(losses[j]));
-      sum += losses[j];
+    sum += tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
+    for (int64_t j = 0; p.losses && j < tile.n_positions; ++j) {
+      store(static_cast<S*>(p.losses)[first_position + i + j], static_cast<T>(losses[j]));
     }
   }
   if constexpr (kWantsGrad) {

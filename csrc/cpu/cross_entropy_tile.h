@@ -17,6 +17,7 @@ struct Tile {
   const T* probabilities;  // likewise, or null
   int64_t stride;          // from class to class
   int64_t n_classes;
+  int64_t n_positions;    // the others' losses are not summed
   const int64_t* target;  // of each position, or null
   int64_t ignore_index;
   const void* ahead;     // where the logits of a later tile lie
@@ -50,18 +51,26 @@ FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64
   }
 }
 
-// Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile.
-template <class T, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
-                                       double* losses) {
-  constexpr bool kHasTarget = has_index(kTarget);
-  TileSums<T> sums;
-  for (int64_t j = 0; j < kTileWidth; ++j) sums.max[j] = std::numeric_limits<T>::lowest();
+// The largest logit of each position.
+template <class T>
+FASTOPT_HD void find_max(const Tile<T>& tile, T* result) {
+  alignas(64) T max[kTileWidth];  // which stays in registers
+  for (int64_t j = 0; j < kTileWidth; ++j) max[j] = std::numeric_limits<T>::lowest();
   for (int64_t c = 0; c < tile.n_classes; ++c) {
     const T* x = tile.values + c * tile.stride;
 #pragma omp simd
-    for (int64_t j = 0; j < kTileWidth; ++j) sums.max[j] = x[j] > sums.max[j] ? x[j] : sums.max[j];
+    for (int64_t j = 0; j < kTileWidth; ++j) max[j] = x[j] > max[j] ? x[j] : max[j];
   }
+  for (int64_t j = 0; j < kTileWidth; ++j) result[j] = max[j];
+}
+
+// Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile; the losses' sum.
+template <class T, TargetKind kTarget, bool kWantsGrad>
+FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
+                                         double* losses) {
+  constexpr bool kHasTarget = has_index(kTarget);
+  TileSums<T> sums;
+  find_max(tile, sums.max);
 
   // Read before exponentials take the logits' place.
   T target_logit[kTileWidth], target_exp[kTileWidth];
@@ -76,13 +85,12 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
     target_logit[j] = tile.values[targets[j] * tile.stride + j];
     on[j] = !is_kept[j] ? 0.0 : terms.weight ? terms.on * terms.weight[targets[j]] : terms.on;
   }
-  for (int64_t c = 0; c < tile.n_classes; ++c) {
-    add_class<T, kTarget, kWantsGrad>(tile, terms, c, sums);
-    if ((c + 1) % kSumTerms == 0 || c + 1 == tile.n_classes) {
-      sums.exp.flush();
-      if constexpr (!kHasTarget) sums.q.flush();
-      if constexpr (kTarget != TargetKind::kIndex) sums.qx.flush();
-    }
+  for (int64_t part = 0; part < tile.n_classes; part += kSumTerms) {
+    const int64_t end = std::min(part + kSumTerms, tile.n_classes);
+    for (int64_t c = part; c < end; ++c) add_class<T, kTarget, kWantsGrad>(tile, terms, c, sums);
+    sums.exp.flush();
+    if constexpr (!kHasTarget) sums.q.flush();
+    if constexpr (kTarget != TargetKind::kIndex) sums.qx.flush();
   }
 
   // What is found of each position, in vectors of double.
@@ -110,7 +118,10 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
     exact_factor[j] = grad_scale * (q_sum + row_on) / exp_sum[j];
     factor[j] = static_cast<T>(exact_factor[j]);
   }
-  if constexpr (!kWantsGrad) return;
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < kTileWidth; ++j) sum += j < tile.n_positions ? losses[j] : 0.0;
+  if constexpr (!kWantsGrad) return sum;
 
   for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) target_exp[j] = tile.values[targets[j] * tile.stride + j];
   const T scale = static_cast<T>(grad_scale);
@@ -130,6 +141,7 @@ FASTOPT_CLONES void tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T>
       for (int64_t c = 0; c < tile.n_classes; ++c) tile.values[c * tile.stride + j] = 0;
     }
   }
+  return sum;
 }
 
 }  // namespace fastopt::cpu
