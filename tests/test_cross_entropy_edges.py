@@ -128,6 +128,17 @@ def test_the_mean_over_nothing_is_nan_and_its_gradient_zero(n_classes, smoothing
 
 
 @pytest.mark.parametrize("n_classes", [10, 100])
+@pytest.mark.parametrize("weight", [NAN, INF, -INF])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_weight_that_is_not_finite_reaches_what_it_reaches_in_torch(n_classes, weight, reduction, is_used):
+    weights = torch.linspace(0.5, 1.5, n_classes)
+    weights[3] = weight
+    target = torch.tensor([0, 1, 3 if is_used else 2, n_classes - 1])
+    assert_same(make_values((4, n_classes)), target, weight=weights, reduction=reduction)
+
+
+@pytest.mark.parametrize("n_classes", [10, 100])
 def test_weights_of_zero_give_what_torch_gives(n_classes):
     weight = torch.zeros(n_classes)
     weight[3] = 1.0

@@ -48,7 +48,7 @@ struct CrossEntropyProblem {
   const void* weight;  // of each class, in the compute type, or null
   int64_t ignore_index;
   double label_smoothing;
-  double weight_sum;  // of all classes; n_classes if weight is null
+  double weight_sum;  // of all classes; n_classes if weight is null or nothing is smoothed
   void* grad;         // d loss / d logits times grad_scale, or null; float for float16 logits, else dtype
   LogitLayout grad_layout;
   double grad_scale;

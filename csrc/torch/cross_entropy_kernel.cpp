@@ -187,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     ++kernel_calls().cross_entropy;
     return {cross_entropy_cuda(a, problem, loss_sizes), grad};
   }
-  if (a.weight) {
+  if (a.weight && has_indices && a.label_smoothing != 0) {  // else a weight that is not finite would reach every row
     problem.weight_sum = 0;
     with_bool(compute_type == at::kDouble, [&](auto is_double) {
       using T = std::conditional_t<decltype(is_double)::value, double, float>;
