@@ -78,11 +78,23 @@ def test_closures_return_the_loss_and_run_with_gradients(name):
 
 
 @all_classes
-def test_the_profiler_sees_the_step(name):
+def test_the_profiler_sees_step_and_zero_grad(name):
     param, optimizer = one_param(name)
     with torch.profiler.profile() as profile:
         optimizer.step()
-    assert any(event.key == f"Optimizer.step#{name}.step" for event in profile.key_averages())
+        optimizer.zero_grad()
+    keys = {event.key for event in profile.key_averages()}
+    assert keys >= {f"Optimizer.step#{name}.step", f"Optimizer.zero_grad#{name}.zero_grad"}
+    assert param.grad is None
+
+
+@all_classes
+def test_without_a_profiler_no_range_is_opened(name, monkeypatch):
+    param, optimizer = one_param(name)
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", lambda *_: pytest.fail("a range was opened"))
+    optimizer.step()
+    optimizer.zero_grad()
+    assert param.grad is None
 
 
 SCHEDULES = [
