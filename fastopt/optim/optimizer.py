@@ -79,6 +79,7 @@ class FusedOptimizer(Optimizer):
         self._update()
         return loss
 
+    @functools.wraps(Optimizer.zero_grad, updated=())  # whose name a TypeError tells
     def zero_grad(self, set_to_none=True):
         """As torch's, but marks its range in profiles, which takes longer than the rest, only while there is one."""
         if not set_to_none or is_compiling() or torch.autograd._profiler_enabled():
