@@ -79,9 +79,9 @@ class FusedOptimizer(Optimizer):
         self._update()
         return loss
 
-    @functools.wraps(Optimizer.zero_grad, updated=())  # whose name a TypeError tells
+    @functools.wraps(Optimizer.zero_grad, updated=())  # for its documentation, and its name in a TypeError
     def zero_grad(self, set_to_none=True):
-        """As torch's, but marks its range in profiles, which takes longer than the rest, only while there is one."""
+        # torch marks a range for profiles always, which takes longer than the rest; here only while there is one.
         if not set_to_none or is_compiling() or torch.autograd._profiler_enabled():
             super().zero_grad(set_to_none)
             return
