@@ -15,14 +15,9 @@ using namespace fastopt;
 
 namespace {
 
-// Tasks are taken one by one, as by a dynamic OpenMP schedule.
-void run_on_threads(int64_t n_tasks, void (*task)(void*, int64_t), void* context) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i = next++; i < n_tasks; i = next++) task(context, i);
-  };
+void run_on_threads(int64_t n_threads, void (*run)(void*, int64_t), void* context) {
   std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) threads.emplace_back(work);
+  for (int64_t i = 0; i < n_threads; ++i) threads.emplace_back(run, context, i);
   for (std::thread& thread : threads) thread.join();
 }
 

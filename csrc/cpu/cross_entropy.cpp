@@ -160,7 +160,7 @@ auto with_kind(TargetKind kind, F&& f) {
 }
 
 Threads at_most(const Threads& threads, int64_t n_elements) {
-  return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.parallel_for};
+  return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.on_each};
 }
 
 }  // namespace

@@ -76,21 +76,12 @@ bool is_forked_child();
 
 // torch's own pool and thread count; inside another parallel region, or after a fork, a single thread.
 inline cpu::Threads torch_threads() {
-  const auto parallel_for = [](int64_t n_tasks, void (*task)(void*, int64_t), void* context) {
-    const int64_t n_threads = at::get_num_threads();
-    if (n_tasks <= n_threads) {
-      at::parallel_for(0, n_tasks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) task(context, i);
-      });
-      return;
-    }
-    // More tasks than threads: each thread takes the next one when it is free.
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < n_tasks; i = next++) task(context, i);
+  const auto on_each = [](int64_t n_threads, void (*run)(void*, int64_t), void* context) {
+    at::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run(context, i);
     });
   };
-  return {at::in_parallel_region() || is_forked_child() ? 1 : at::get_num_threads(), parallel_for};
+  return {at::in_parallel_region() || is_forked_child() ? 1 : at::get_num_threads(), on_each};
 }
 
 // Calls that reached a kernel, so that a test can prove which path ran.
