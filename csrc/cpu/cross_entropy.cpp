@@ -2,8 +2,12 @@
 #include "cpu/cross_entropy.h"
 
 #include <algorithm>  // max, min
+#include <atomic>
+#include <cinttypes>  // SCNd64
+#include <cstdio>     // fopen, fscanf
 #include <vector>
 
+#include "cpu/cross_entropy_row_run.h"
 #include "cpu/cross_entropy_tile.h"
 #include "cpu/tile_copies.h"
 
@@ -21,70 +25,32 @@ constexpr int64_t kMaxRun = 512;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory of one thread that outlives a call; grows to the widest row it has seen.
-template <class T>
-T* scratch(int64_t n, int slot) {
-  thread_local std::vector<T> buffers[3];
-  if (static_cast<int64_t>(buffers[slot].size()) < n) buffers[slot].resize(n);
-  return buffers[slot].data();
-}
-
-template <class T>
-TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
-  const double smoothing = p.label_smoothing;
-  const double off = smoothing / p.logits_layout.n_classes;
-  return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
-}
-
-template <class S>
-void fill_zero(S* grad, int64_t n) {
-  memset(static_cast<void*>(grad), 0, n * sizeof(S));
-}
-
-// One row at a time; the sum of their losses.
-template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_rows(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
-  using T = compute_t<S>;
-  using G = gradient_t<S>;
-  constexpr bool kHasTarget = has_index(kTarget);
-  const int64_t n_classes = p.logits_layout.n_classes;
-  const TargetTerms<T> shared_terms = target_terms<T>(p);
-  double* offsets = scratch<double>(n_classes / kRowBlock + 1, 0);
-  double sum = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    G* grad = kWantsGrad ? static_cast<G*>(p.grad) + i * p.grad_layout.outer_stride : nullptr;
-    double loss = 0;
-    if (kHasTarget && p.target[i] == p.ignore_index) {
-      if constexpr (kWantsGrad) fill_zero(grad, n_classes);
-    } else {
-      Row<S> row{};
-      row.logits = static_cast<const S*>(p.logits) + i * p.logits_layout.outer_stride;
-      row.grad = grad;
-      row.offsets = offsets;
-      row.n_classes = n_classes;
-      if constexpr (std::is_same_v<G, T>) {
-        row.exps = grad;
-      } else if constexpr (kWantsGrad) {
-        row.exps = scratch<T>(n_classes, 1);
-      }
-      TargetTerms<T> terms = shared_terms;
-      if constexpr (kHasTarget) {
-        row.target = p.target[i];
-        if (terms.weight) terms.on *= terms.weight[row.target];
-      } else {
-        row.probabilities = static_cast<const S*>(p.probabilities) + i * p.probabilities_layout.outer_stride;
-      }
-      RowTotals* totals = p.totals ? p.totals + i : nullptr;
-      if (kWantsGrad && totals) {
-        row_gradient<S, kTarget>(row, terms, p.grad_scale, *totals);
-      } else {
-        loss = row_cross_entropy<S, kTarget, kWantsGrad>(row, terms, p.grad_scale, totals);
-      }
-    }
-    if (p.losses) store(static_cast<S*>(p.losses)[i], static_cast<T>(loss));
-    sum += loss;
+// The last cache that a processor shares with its neighbours. sysconf gives the sum of all of them on some machines.
+int64_t last_level_cache() {
+  int64_t n_kibibytes = 0;
+  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%" SCNd64 "K", &n_kibibytes) != 1) n_kibibytes = 0;
+    std::fclose(file);
   }
-  return sum;
+  return (n_kibibytes > 0 ? n_kibibytes : 32 << 10) << 10;
+}
+
+// Gradients are streamed past the caches if the logits and they are larger than this.
+std::atomic<int64_t>& max_cached_bytes() {
+  static std::atomic<int64_t> n_bytes{last_level_cache()};
+  return n_bytes;
+}
+
+bool streams_gradient(const CrossEntropyProblem& p) {
+  // Over the logits, each line has been read in any case.
+  if (!kCanStream || !p.grad || p.grad == p.logits) return false;
+  int64_t n_bytes = 0;
+  with_stored_type(p.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    const LogitLayout& layout = p.logits_layout;
+    n_bytes = layout.n_outer * layout.n_classes * layout.n_inner * (sizeof(S) + sizeof(gradient_t<S>));
+  });
+  return n_bytes > max_cached_bytes().load(std::memory_order_relaxed);
 }
 
 // Where a tile's positions begin, and how they lie.
@@ -99,7 +65,7 @@ struct TilePlace {
 
 // `n` positions from `first` of image `outer` (of all rows, for rows), as tiles side by side; the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t n) {
+double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t n, bool streams) {
   using T = compute_t<S>;
   const int64_t n_classes = p.logits_layout.n_classes;
   const int64_t first_position = p.logits_layout.is_rows() ? first : outer * p.logits_layout.n_inner + first;
@@ -142,7 +108,7 @@ double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int
   }
   if constexpr (kWantsGrad) {
     const TilePlace place = TilePlace::of(p.grad_layout, outer, first, n);
-    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer);
+    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer, streams);
   }
   return sum;
 }
@@ -202,6 +168,8 @@ TargetTally tally_targets(const CrossEntropyProblem& p, const Threads& threads) 
   return tally;
 }
 
+int64_t stream_beyond(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
+
 bool has_totals(const LogitLayout& layout) { return layout.is_rows() && layout.n_classes > kMaxNarrowClasses; }
 
 double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
@@ -216,6 +184,7 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
   const int64_t tasks_per_line = divide_up(n_line, width);
   const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
 
+  const bool streams = streams_gradient(p);
   std::vector<double> sums(n_tasks);
   with_stored_type(p.dtype, [&](auto stored) {
     using S = decltype(stored);
@@ -223,12 +192,17 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
       with_bool(p.grad != nullptr, [&](auto wants_grad) {
         constexpr TargetKind kTarget = decltype(kind)::value;
         constexpr bool kWantsGrad = decltype(wants_grad)::value;
-        run_tasks(at_most(threads, layout.n_outer * layout.n_inner * n_classes), n_tasks, [&](int64_t task) {
-          const int64_t outer = task / tasks_per_line;
-          const int64_t first = (task % tasks_per_line) * width;
-          const int64_t n = std::min(width, n_line - first);
-          sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(p, outer, first, n)
-                                : run_rows<S, kTarget, kWantsGrad>(p, first, first + n);
+        const Threads runners = at_most(threads, layout.n_outer * layout.n_inner * n_classes);
+        share_tasks(runners, n_tasks, [&](auto&& next) {
+          RowRun<S, kTarget, kWantsGrad> run_rows(p, streams);
+          for (int64_t task = next(); task < n_tasks; task = next()) {
+            const int64_t first = (task % tasks_per_line) * width;
+            const int64_t n = std::min(width, n_line - first);
+            sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(p, task / tasks_per_line, first, n, streams)
+                                  : run_rows(first, first + n);
+          }
+          run_rows.end();
+          if (streams) end_streaming();
         });
       });
     });

@@ -19,6 +19,10 @@ TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& thr
 // Whether `totals` of a problem are found and used.
 bool has_totals(const LogitLayout& layout);
 
+// Sets the bytes of logits and gradient beyond which a gradient is written past the caches; returns what it was, at
+// first the size of the last cache. For tests.
+int64_t stream_beyond(int64_t n_bytes);
+
 // Returns the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
 double cross_entropy(const CrossEntropyProblem& problem, const Threads& threads);
 

@@ -1,10 +1,12 @@
-// Cross-entropy of one wide row (contiguous classes), block by block: each logit is read from memory once.
+// Cross-entropy of wide rows (contiguous classes), block by block: each logit is read from memory once.
 // Where loss and gradient are computed apart, the gradient reads it once more, and has the loss's sums.
 #pragma once
 
 #include <algorithm>  // min
 
 #include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "cpu/line_writer.h"
 #include "losses/cross_entropy.h"
 #include "math/exp.h"
 
@@ -12,11 +14,6 @@ namespace fastopt::cpu {
 
 // Logits of a block and their exponentials stay in the first-level cache.
 constexpr int64_t kRowBlock = 2048;
-// Sums are kept apart by lane, several vectors of any instruction set: none waits for the one before, and none is added
-// up across its lanes before the end.
-constexpr int64_t kLanes = 64;
-// Terms of one lane summed in the compute type before the sum moves to double.
-constexpr int64_t kSumTerms = 16;
 
 template <class S>
 struct Row {
@@ -24,30 +21,10 @@ struct Row {
   const S* logits;
   const S* probabilities;
   gradient_t<S>* grad;  // may be logits
-  T* exps;              // n_classes, may be grad
+  T* exps;              // n_classes; may be grad where nothing waits
   double* offsets;      // one for each block: the maximum its exponentials are relative to
   int64_t n_classes;
   int64_t target;
-};
-
-// Sums of terms, by lane: of a few in the compute type, of all in double.
-template <class T>
-struct LaneSums {
-  alignas(64) T few[kLanes] = {};
-  alignas(64) double all[kLanes] = {};
-
-  FASTOPT_HD void flush() {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      all[l] += few[l];
-      few[l] = 0;
-    }
-  }
-  FASTOPT_HD double total() const {
-    double total = 0;
-    for (int64_t l = 0; l < kLanes; ++l) total += all[l];
-    return total;
-  }
 };
 
 // Sums over the classes, relative to max.
@@ -70,6 +47,10 @@ struct RowLaneSums {
   }
   // even_q: what an even spread has given the classes so far.
   FASTOPT_HD void rebase(T new_max, double even_q) {
+    if (even_q == 0 && max == std::numeric_limits<T>::lowest()) {  // nothing is summed yet
+      max = new_max;
+      return;
+    }
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
     const double factor = std::exp(shift);
     for (int64_t l = 0; l < kLanes; ++l) exp.all[l] *= factor;
@@ -95,22 +76,6 @@ FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* b
   }
 }
 
-template <class T>
-FASTOPT_HD T max_of(const T* x, int64_t n) {
-  // By lane, so that no maximum waits for the one before.
-  alignas(64) T lanes[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = std::numeric_limits<T>::lowest();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  }
-  T max = std::numeric_limits<T>::lowest();
-  for (int64_t l = 0; l < kLanes; ++l) max = lanes[l] > max ? lanes[l] : max;
-  for (; i < n; ++i) max = x[i] > max ? x[i] : max;
-  return max;
-}
-
 // Adds the exponentials and q of n <= kLanes classes to the sums, relative to sums.max; keeps the exponentials if a
 // gradient is wanted. `first` counts the classes before them.
 template <class T, TargetKind kTarget, bool kWantsGrad>
@@ -131,51 +96,106 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
   }
 }
 
-// The same of a block. `ahead` is where the next block's memory begins.
-template <class S, TargetKind kTarget, bool kWantsGrad>
+// The same of a block. `ahead` is where the next block's memory begins. Calls before(i, m) for each group of m classes
+// from i.
+template <class S, TargetKind kTarget, bool kWantsGrad, class F>
 FASTOPT_HD void add_block(const compute_t<S>* x, const compute_t<S>* y, const TargetTerms<compute_t<S>> terms,
                           int64_t first, int64_t n, const S* ahead, compute_t<S>* exps,
-                          RowLaneSums<compute_t<S>, kTarget>& sums) {
+                          RowLaneSums<compute_t<S>, kTarget>& sums, F&& before) {
   using T = compute_t<S>;
-  constexpr int64_t kLineElements = 64 / sizeof(S);
+  constexpr int64_t kLineElements = kLineBytes / sizeof(S);
+  const auto add = [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+    before(i, m);
+    add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
+                                        exps + (kWantsGrad ? i : 0), sums);
+  };
   for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
     const int64_t end = std::min(part + kSumTerms * kLanes, n);
     int64_t i = part;
     for (; i + kLanes <= end; i += kLanes) {
       for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(ahead + i + l);
-      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, kLanes,
-                                          exps + (kWantsGrad ? i : 0), sums);
+      add(i, kLanes);
     }
-    if (i < end) {
-      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, end - i,
-                                          exps + (kWantsGrad ? i : 0), sums);
-    }
+    if (i < end) add(i, end - i);
     sums.flush();
   }
 }
 
-// Gradients of a block from its exponentials; `first` counts the classes before it.
+// A row whose exponentials are summed, and its gradient, which is written at once or, if it streams, while the next
+// row's exponentials take their place: there arithmetic, reading and writing overlap.
 template <class S, TargetKind kTarget>
-FASTOPT_HD void write_block(const compute_t<S>* exps, const S* y, const TargetTerms<compute_t<S>> terms, int64_t first,
-                            int64_t n, compute_t<S> factor, compute_t<S> scale, gradient_t<S>* grad) {
+class RowGradient {
   using T = compute_t<S>;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    T probability = 0;
-    if constexpr (!has_index(kTarget)) probability = load(y[i]);
-    store(grad[i], class_gradient<T, kTarget>(exps[i], factor, scale, terms, first + i, probability));
-  }
-}
+  static constexpr bool kHasTarget = has_index(kTarget);
 
+ public:
+  FASTOPT_HD bool is_waiting() const { return is_waiting_; }
+  FASTOPT_HD void begin(const Row<S>& row, const TargetTerms<T>& terms, const RowTotals& totals, double grad_scale,
+                        bool streams) {
+    is_waiting_ = true;
+    row_ = row;
+    terms_ = terms;
+    max_ = totals.max;
+    scale_ = grad_scale;
+    factor_ = grad_scale * (totals.q_sum + (kHasTarget ? terms.on : 0)) / totals.exp_sum;
+    if constexpr (kHasTarget) target_exp_ = row.exps[row.target];
+    lines_.begin(row.grad, streams);
+  }
+  FASTOPT_HD void begin_block(int64_t first) {
+    const double offset = row_.offsets[first / kRowBlock];
+    block_factor_ = offset == max_ ? factor_ : factor_ * std::exp(offset - max_);
+  }
+  // Classes that may be written at once.
+  FASTOPT_HD int64_t max_group() const { return lines_.streams() ? kLanes : kRowBlock; }
+  // Of n classes; `first` counts those before them.
+  FASTOPT_HD void write_classes(int64_t first, int64_t n) {
+    const TargetTerms<T> terms = terms_;
+    const T factor = static_cast<T>(block_factor_), scale = static_cast<T>(scale_);
+    const T* exps = row_.exps + first;
+    const S* y = row_.probabilities + (kHasTarget ? 0 : first);
+    gradient_t<S>* grad = lines_.space(first);
+#pragma omp simd
+    for (int64_t l = 0; l < n; ++l) {
+      T probability = 0;
+      if constexpr (!kHasTarget) probability = load(y[l]);
+      store(grad[l], class_gradient<T, kTarget>(exps[l], factor, scale, terms, first + l, probability));
+    }
+    if constexpr (kHasTarget) {
+      const int64_t t = row_.target - first;
+      if (t >= 0 && t < n) {
+        const double value =
+            target_gradient<T, kTarget>(target_exp_, block_factor_, scale_, terms, terms.on, first + t);
+        store(grad[t], static_cast<T>(value));
+      }
+    }
+    lines_.write(first, n);
+  }
+  FASTOPT_HD void end() {
+    lines_.end(row_.n_classes);
+    is_waiting_ = false;
+  }
+  FASTOPT_HD const Row<S>& row() const { return row_; }
+
+ private:
+  bool is_waiting_ = false;
+  Row<S> row_;
+  TargetTerms<T> terms_;
+  double max_, scale_, factor_, block_factor_;
+  T target_exp_;
+  LineWriter<gradient_t<S>, kLanes> lines_;
+};
+
+// The loss of a row; meanwhile the waiting row's gradient is written.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, double grad_scale,
-                                        RowTotals* totals) {
+FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, RowTotals& totals,
+                               RowGradient<S, kTarget>& waiting) {
   using T = compute_t<S>;
   constexpr bool kHasTarget = has_index(kTarget);
   // Read before exponentials may take the logits' place.
   const double target_logit = kHasTarget ? static_cast<double>(load(row.logits[row.target])) : 0.0;
   alignas(64) T x_buffer[kRowBlock];
   [[maybe_unused]] alignas(64) T y_buffer[kRowBlock];
+  const bool writes = kWantsGrad && waiting.is_waiting();
   RowLaneSums<T, kTarget> lane_sums;
   for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
     const int64_t n = std::min(kRowBlock, row.n_classes - first);
@@ -184,36 +204,31 @@ FASTOPT_CLONES double row_cross_entropy(const Row<S>& row, const TargetTerms<com
     if constexpr (!kHasTarget) y = widened(row.probabilities + first, n, y_buffer);
     const T max = max_of(x, n);
     if (max > lane_sums.max) lane_sums.rebase(max, static_cast<double>(terms.off) * first);
+    if (writes) waiting.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
     add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + kRowBlock,
-                                      kWantsGrad ? row.exps + first : nullptr, lane_sums);
+                                      kWantsGrad ? row.exps + first : nullptr, lane_sums,
+                                      [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+                                        if (writes) waiting.write_classes(first + i, m);
+                                      });
   }
+  if (writes) waiting.end();
   RowSums<double> sums = lane_sums.total();
   if constexpr (kHasTarget) sums.q_sum = terms.spread_sum;
-  const double loss =
-      row_loss(sums, std::log(sums.exp_sum), terms.on, target_logit, kHasTarget, kTarget != TargetKind::kIndex);
-  if (totals) *totals = {sums.max, sums.exp_sum, sums.q_sum};
+  totals = {sums.max, sums.exp_sum, sums.q_sum};
+  return row_loss(sums, std::log(sums.exp_sum), terms.on, target_logit, kHasTarget, kTarget != TargetKind::kIndex);
+}
 
-  if constexpr (kWantsGrad) {
-    const double q_sum = sums.q_sum + (kHasTarget ? terms.on : 0);
-    const double factor = grad_scale * q_sum / sums.exp_sum;
-    const T target_exp = kHasTarget ? row.exps[row.target] : T(0);
-    for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
-      const int64_t n = std::min(kRowBlock, row.n_classes - first);
-      const double offset = row.offsets[first / kRowBlock];
-      const double block_factor = offset == sums.max ? factor : factor * std::exp(offset - sums.max);
-      gradient_t<S>* grad = row.grad + first;
-      write_block<S, kTarget>(row.exps + first, row.probabilities + (kHasTarget ? 0 : first), terms, first, n,
-                              static_cast<T>(block_factor), static_cast<T>(grad_scale), grad);
-      const int64_t target = row.target - first;
-      if (kHasTarget && target >= 0 && target < n) {
-        const double value =
-            target_gradient<T, kTarget>(target_exp, block_factor, grad_scale, terms, terms.on, row.target);
-        store(grad[target], static_cast<T>(value));
-      }
-    }
+// The waiting row's gradient, where no row follows.
+template <class S, TargetKind kTarget>
+FASTOPT_CLONES void write_row(RowGradient<S, kTarget>& waiting) {
+  const int64_t n_classes = waiting.row().n_classes, group = waiting.max_group();
+  for (int64_t first = 0; first < n_classes; first += kRowBlock) {
+    waiting.begin_block(first);
+    const int64_t end = std::min(first + kRowBlock, n_classes);
+    for (int64_t i = first; i < end; i += group) waiting.write_classes(i, std::min(group, end - i));
   }
-  return loss;
+  waiting.end();
 }
 
 // The gradient of a row whose totals are known, which may go over its logits.

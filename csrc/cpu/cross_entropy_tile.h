@@ -3,7 +3,12 @@
 // first, for the classes of an image lie so that they would push each other out of the caches.
 #pragma once
 
-#include "cpu/cross_entropy_row.h"
+#include <algorithm>  // min
+
+#include "cpu/isa.h"
+#include "cpu/lanes.h"
+#include "losses/cross_entropy.h"
+#include "math/exp.h"
 #include "math/log.h"
 
 namespace fastopt::cpu {

@@ -1,10 +1,12 @@
 // Between logits as they lie and a tile, in which the positions of a class are side by side.
 #pragma once
 
+#include <algorithm>    // min
 #include <type_traits>  // is_same_v
 
 #include "common.h"
 #include "cpu/isa.h"
+#include "cpu/line_writer.h"
 
 namespace fastopt::cpu {
 
@@ -61,6 +63,21 @@ FASTOPT_HD void convert(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<compute_t<To>>(load(from[i])));
 }
 
+// A run of numbers, past the caches if it streams.
+template <class To, class From>
+FASTOPT_HD void write_run(const From* from, To* to, int64_t n, bool streams) {
+  if (!streams) return convert(from, to, n);
+  constexpr int64_t kGroup = 256;
+  LineWriter<To, kGroup> lines;
+  lines.begin(to, true);
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const int64_t m = std::min(kGroup, n - i);
+    convert(from + i, lines.space(i), m);
+    lines.write(i, m);
+  }
+  lines.end(n);
+}
+
 // Fills a tile of `width` positions; those past the view's are 0. `buffer` holds n * n_classes numbers.
 template <class S>
 FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>* to, int64_t width,
@@ -87,18 +104,20 @@ FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>*
 
 // The other way round, without the positions past the view's.
 template <class T, class G>
-FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileView& view, T* buffer) {
+FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileView& view, T* buffer, bool streams) {
   if (view.position_stride == 1) {
-    for (int64_t c = 0; c < view.n_classes; ++c) convert(from + c * width, to + c * view.class_stride, view.n);
+    for (int64_t c = 0; c < view.n_classes; ++c) {
+      write_run(from + c * width, to + c * view.class_stride, view.n, streams);
+    }
     return;
   }
   if constexpr (std::is_same_v<T, G>) {
-    transpose(from, width, to, view.position_stride, view.n_classes, view.n);
-  } else {
-    transpose(from, width, buffer, view.n_classes, view.n_classes, view.n);
-    for (int64_t j = 0; j < view.n; ++j) {
-      convert(buffer + j * view.n_classes, to + j * view.position_stride, view.n_classes);
-    }
+    if (!streams) return transpose(from, width, to, view.position_stride, view.n_classes, view.n);
+  }
+  transpose(from, width, buffer, view.n_classes, view.n_classes, view.n);
+  if (view.position_stride == view.n_classes) return write_run(buffer, to, view.n * view.n_classes, streams);
+  for (int64_t j = 0; j < view.n; ++j) {
+    write_run(buffer + j * view.n_classes, to + j * view.position_stride, view.n_classes, false);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
 #include "torch/context.h"
 #include "torch/cross_entropy.h"
@@ -18,6 +19,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });
+  module.def("stream_beyond", &fastopt::cpu::stream_beyond);
   module.def("empty_cache", &fastopt::release_kept_block);
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cuda_library(module);

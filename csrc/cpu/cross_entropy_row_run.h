@@ -1,0 +1,106 @@
+// Wide rows one after the other, and the memory that a thread keeps for them.
+#pragma once
+
+#include <vector>
+
+#include "cpu/cross_entropy_row.h"
+
+namespace fastopt::cpu {
+
+// Memory of one thread that outlives a call, in whole cache lines; grows to the widest row it has seen.
+template <class T>
+T* scratch(int64_t n, int slot) {
+  struct alignas(kLineBytes) Line {
+    T values[kLineBytes / sizeof(T)];
+  };
+  thread_local std::vector<Line> buffers[3];
+  const size_t n_lines = n * sizeof(T) / kLineBytes + 1;
+  if (buffers[slot].size() < n_lines) buffers[slot].resize(n_lines);
+  return buffers[slot].data()->values;
+}
+
+template <class T>
+TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
+  const double smoothing = p.label_smoothing;
+  const double off = smoothing / p.logits_layout.n_classes;
+  return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
+}
+
+// Wide rows, one after the other.
+template <class S, TargetKind kTarget, bool kWantsGrad>
+class RowRun {
+  using T = compute_t<S>;
+  static constexpr bool kHasTarget = has_index(kTarget);
+
+ public:
+  RowRun(const CrossEntropyProblem& problem, bool streams)
+      : p_(problem), shared_terms_(target_terms<T>(problem)), streams_(streams) {
+    const int64_t n_classes = p_.logits_layout.n_classes;
+    if constexpr (kWantsGrad) {
+      offsets_ = scratch<double>(n_classes / kRowBlock + 1, 0);
+      exps_ = scratch<T>(n_classes, 1);
+    }
+  }
+
+  // The sum of the rows' losses. The last row's gradient is not written yet.
+  double operator()(int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const double loss = row_loss(i);
+      if (p_.losses) store(static_cast<S*>(p_.losses)[i], static_cast<T>(loss));
+      sum += loss;
+    }
+    return sum;
+  }
+  void end() {
+    if constexpr (kWantsGrad) {
+      if (waiting_.is_waiting()) write_row(waiting_);
+    }
+  }
+
+ private:
+  double row_loss(int64_t i) {
+    Row<S> row{};
+    row.n_classes = p_.logits_layout.n_classes;
+    row.logits = static_cast<const S*>(p_.logits) + i * p_.logits_layout.outer_stride;
+    if constexpr (kWantsGrad) row.grad = static_cast<gradient_t<S>*>(p_.grad) + i * p_.grad_layout.outer_stride;
+    row.exps = exps_;
+    if constexpr (std::is_same_v<T, gradient_t<S>>) {
+      if (!streams_) row.exps = row.grad;
+    }
+    row.offsets = offsets_;
+    TargetTerms<T> terms = shared_terms_;
+    if constexpr (kHasTarget) {
+      row.target = p_.target[i];
+      if (row.target == p_.ignore_index) {
+        if constexpr (kWantsGrad) memset(static_cast<void*>(row.grad), 0, row.n_classes * sizeof(*row.grad));
+        return 0;
+      }
+      if (terms.weight) terms.on *= terms.weight[row.target];
+    } else {
+      row.probabilities = static_cast<const S*>(p_.probabilities) + i * p_.probabilities_layout.outer_stride;
+    }
+    if (kWantsGrad && p_.totals) {
+      row_gradient<S, kTarget>(row, terms, p_.grad_scale, p_.totals[i]);
+      return 0;
+    }
+    RowTotals totals;
+    const double loss = read_row<S, kTarget, kWantsGrad>(row, terms, totals, waiting_);
+    if constexpr (kWantsGrad) {
+      waiting_.begin(row, terms, totals, p_.grad_scale, streams_);
+      if (!streams_) write_row(waiting_);
+    } else if (p_.totals) {
+      p_.totals[i] = totals;
+    }
+    return loss;
+  }
+
+  const CrossEntropyProblem& p_;
+  const TargetTerms<T> shared_terms_;
+  const bool streams_;
+  double* offsets_ = nullptr;
+  T* exps_ = nullptr;
+  RowGradient<S, kTarget> waiting_;
+};
+
+}  // namespace fastopt::cpu
