@@ -96,8 +96,8 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
   }
 }
 
-// The same of a block. `ahead` is where the next block's memory begins. Calls before(i, m) for each group of m classes
-// from i.
+// The same of a block. `ahead` is where the memory of the block after next begins. Calls before(i, m) for each group of
+// m classes from i.
 template <class S, TargetKind kTarget, bool kWantsGrad, class F>
 FASTOPT_HD void add_block(const compute_t<S>* x, const compute_t<S>* y, const TargetTerms<compute_t<S>> terms,
                           int64_t first, int64_t n, const S* ahead, compute_t<S>* exps,
@@ -206,7 +206,7 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
     if (max > lane_sums.max) lane_sums.rebase(max, static_cast<double>(terms.off) * first);
     if (writes) waiting.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
-    add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + kRowBlock,
+    add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + 2 * kRowBlock,
                                       kWantsGrad ? row.exps + first : nullptr, lane_sums,
                                       [&](int64_t i, int64_t m) __attribute__((always_inline)) {
                                         if (writes) waiting.write_classes(first + i, m);
