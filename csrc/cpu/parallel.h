@@ -27,7 +27,7 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
   const int64_t n_first = std::max<int64_t>(n_tasks / n_threads / 2, 1);
   const int64_t n_more = std::max<int64_t>(n_tasks / n_threads / 16, 1);
   std::atomic<int64_t> n_taken{n_first * n_threads};
-  const auto on_thread = [&](int64_t thread) {
+  auto on_thread = [&](int64_t thread) {
     int64_t task = thread * n_first, end = task + n_first;
     run([&, n_tasks]() {
       if (task == end) {
@@ -38,8 +38,7 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
     });
   };
   threads.on_each(
-      n_threads, [](void* context, int64_t i) { (*static_cast<decltype(&on_thread)>(context))(i); },
-      const_cast<void*>(static_cast<const void*>(&on_thread)));
+      n_threads, [](void* context, int64_t i) { (*static_cast<decltype(on_thread)*>(context))(i); }, &on_thread);
 }
 
 // Runs f(i) for each i in [0, n_tasks).

@@ -117,7 +117,7 @@ FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileVi
   transpose(from, width, buffer, view.n_classes, view.n_classes, view.n);
   if (view.position_stride == view.n_classes) return write_run(buffer, to, view.n * view.n_classes, streams);
   for (int64_t j = 0; j < view.n; ++j) {
-    write_run(buffer + j * view.n_classes, to + j * view.position_stride, view.n_classes, false);
+    convert(buffer + j * view.n_classes, to + j * view.position_stride, view.n_classes);
   }
 }
 
