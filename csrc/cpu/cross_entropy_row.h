@@ -96,27 +96,32 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
   }
 }
 
-// The same of a block. `ahead` is where the memory of the block after next begins. Calls before(i, m) for each group of
-// m classes from i.
+// Calls f(i, m) for each group of m <= kLanes classes, and meanwhile fetches the memory that begins at `ahead`.
+template <class S, class F>
+FASTOPT_HD void for_groups(int64_t begin, int64_t end, const S* ahead, F&& f) {
+  constexpr int64_t kLineElements = kLineBytes / sizeof(S);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(ahead + i + l);
+    f(i, kLanes);
+  }
+  if (i < end) f(i, end - i);
+}
+
+// The same as add_classes of a block. `ahead` is where the memory of the block after next begins. Calls before(i, m)
+// for each group of m classes from i.
 template <class S, TargetKind kTarget, bool kWantsGrad, class F>
 FASTOPT_HD void add_block(const compute_t<S>* x, const compute_t<S>* y, const TargetTerms<compute_t<S>> terms,
                           int64_t first, int64_t n, const S* ahead, compute_t<S>* exps,
                           RowLaneSums<compute_t<S>, kTarget>& sums, F&& before) {
   using T = compute_t<S>;
-  constexpr int64_t kLineElements = kLineBytes / sizeof(S);
-  const auto add = [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-    before(i, m);
-    add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
-                                        exps + (kWantsGrad ? i : 0), sums);
-  };
   for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
     const int64_t end = std::min(part + kSumTerms * kLanes, n);
-    int64_t i = part;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(ahead + i + l);
-      add(i, kLanes);
-    }
-    if (i < end) add(i, end - i);
+    for_groups(part, end, ahead, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+      before(i, m);
+      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
+                                          exps + (kWantsGrad ? i : 0), sums);
+    });
     sums.flush();
   }
 }
@@ -246,13 +251,15 @@ FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<
     const T* x = widened(row.logits + first, n, x_buffer);
     const S* y = row.probabilities + (kHasTarget ? 0 : first);
     gradient_t<S>* grad = row.grad + first;
+    for_groups(0, n, row.logits + first + 2 * kRowBlock, [&](int64_t begin, int64_t m) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      T probability = 0;
-      if constexpr (!kHasTarget) probability = load(y[i]);
-      const T e = exp_nonpositive(x[i] - max);
-      store(grad[i], class_gradient<T, kTarget>(e, factor, scale, terms, first + i, probability));
-    }
+      for (int64_t i = begin; i < begin + m; ++i) {
+        T probability = 0;
+        if constexpr (!kHasTarget) probability = load(y[i]);
+        const T e = exp_nonpositive(x[i] - max);
+        store(grad[i], class_gradient<T, kTarget>(e, factor, scale, terms, first + i, probability));
+      }
+    });
   }
   if constexpr (kHasTarget) {
     const T e = exp_nonpositive(target_logit - max);
