@@ -14,6 +14,8 @@ namespace fastopt::cpu {
 
 // Logits of a block and their exponentials stay in the first-level cache.
 constexpr int64_t kRowBlock = 2048;
+// Memory is fetched so many logits before they are read: the block after next.
+constexpr int64_t kFetchAhead = 2 * kRowBlock;
 
 template <class S>
 struct Row {
@@ -76,6 +78,19 @@ FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* b
   }
 }
 
+// Calls f(i, m) for each group of m <= kLanes classes in [begin, end) of a block, and fetches what lies ahead of its
+// logits.
+template <class S, class F>
+FASTOPT_HD void for_groups(const S* logits, int64_t begin, int64_t end, F&& f) {
+  constexpr int64_t kLineElements = kLineBytes / sizeof(S);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(logits + kFetchAhead + i + l);
+    f(i, kLanes);
+  }
+  if (i < end) f(i, end - i);
+}
+
 // Adds the exponentials and q of n <= kLanes classes to the sums, relative to sums.max; keeps the exponentials if a
 // gradient is wanted. `first` counts the classes before them.
 template <class T, TargetKind kTarget, bool kWantsGrad>
@@ -96,28 +111,15 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
   }
 }
 
-// Calls f(i, m) for each group of m <= kLanes classes, and meanwhile fetches the memory that begins at `ahead`.
-template <class S, class F>
-FASTOPT_HD void for_groups(int64_t begin, int64_t end, const S* ahead, F&& f) {
-  constexpr int64_t kLineElements = kLineBytes / sizeof(S);
-  int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(ahead + i + l);
-    f(i, kLanes);
-  }
-  if (i < end) f(i, end - i);
-}
-
-// The same as add_classes of a block. `ahead` is where the memory of the block after next begins. Calls before(i, m)
-// for each group of m classes from i.
+// The same of a block, whose logits are x in the compute type. Calls before(i, m) for each group of m classes from i.
 template <class S, TargetKind kTarget, bool kWantsGrad, class F>
-FASTOPT_HD void add_block(const compute_t<S>* x, const compute_t<S>* y, const TargetTerms<compute_t<S>> terms,
-                          int64_t first, int64_t n, const S* ahead, compute_t<S>* exps,
+FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_t<S>* y,
+                          const TargetTerms<compute_t<S>> terms, int64_t first, int64_t n, compute_t<S>* exps,
                           RowLaneSums<compute_t<S>, kTarget>& sums, F&& before) {
   using T = compute_t<S>;
   for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
     const int64_t end = std::min(part + kSumTerms * kLanes, n);
-    for_groups(part, end, ahead, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+    for_groups(logits, part, end, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
       before(i, m);
       add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
                                           exps + (kWantsGrad ? i : 0), sums);
@@ -211,7 +213,7 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
     if (max > lane_sums.max) lane_sums.rebase(max, static_cast<double>(terms.off) * first);
     if (writes) waiting.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
-    add_block<S, kTarget, kWantsGrad>(x, y, terms, first, n, row.logits + first + 2 * kRowBlock,
+    add_block<S, kTarget, kWantsGrad>(row.logits + first, x, y, terms, first, n,
                                       kWantsGrad ? row.exps + first : nullptr, lane_sums,
                                       [&](int64_t i, int64_t m) __attribute__((always_inline)) {
                                         if (writes) waiting.write_classes(first + i, m);
@@ -251,7 +253,7 @@ FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<
     const T* x = widened(row.logits + first, n, x_buffer);
     const S* y = row.probabilities + (kHasTarget ? 0 : first);
     gradient_t<S>* grad = row.grad + first;
-    for_groups(0, n, row.logits + first + 2 * kRowBlock, [&](int64_t begin, int64_t m) __attribute__((always_inline)) {
+    for_groups(row.logits + first, 0, n, [&](int64_t begin, int64_t m) __attribute__((always_inline)) {
 #pragma omp simd
       for (int64_t i = begin; i < begin + m; ++i) {
         T probability = 0;
