@@ -34,8 +34,7 @@ template <class T, TargetKind kTarget>
 struct RowLaneSums {
   // An even spread's q is known from the number of classes.
   static constexpr bool kSumsQ = kTarget != TargetKind::kIndex && kTarget != TargetKind::kIndexUniform;
-  // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
-  T max = std::numeric_limits<T>::lowest();
+  T max;  // of the first block, before anything is summed
   LaneSums<T> exp, q, qx;
 
   FASTOPT_HD void flush() {
@@ -49,14 +48,10 @@ struct RowLaneSums {
   }
   // even_q: what an even spread has given the classes so far.
   FASTOPT_HD void rebase(T new_max, double even_q) {
-    if (even_q == 0 && max == std::numeric_limits<T>::lowest()) {  // nothing is summed yet
-      max = new_max;
-      return;
-    }
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
     const double factor = std::exp(shift);
     for (int64_t l = 0; l < kLanes; ++l) exp.all[l] *= factor;
-    // Not 0 times the infinity that leaving the lowest number gives.
+    // The shift is infinite where both maxima are huge: then 0 times it would not be a number.
     if constexpr (kSumsQ) {
       for (int64_t l = 0; l < kLanes; ++l) qx.all[l] += q.all[l] != 0 ? q.all[l] * shift : 0;
     } else if (even_q != 0) {
@@ -210,7 +205,11 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
     const T* y = nullptr;
     if constexpr (!kHasTarget) y = widened(row.probabilities + first, n, y_buffer);
     const T max = max_of(x, n);
-    if (max > lane_sums.max) lane_sums.rebase(max, static_cast<double>(terms.off) * first);
+    if (first == 0) {
+      lane_sums.max = max;
+    } else if (max > lane_sums.max) {
+      lane_sums.rebase(max, static_cast<double>(terms.off) * first);
+    }
     if (writes) waiting.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
     add_block<S, kTarget, kWantsGrad>(row.logits + first, x, y, terms, first, n,
