@@ -106,7 +106,28 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
   }
 }
 
-// The same of a block, whose logits are x in the compute type. Calls before(i, m) for each group of m classes from i.
+// If one lane alone holds the maximum, whose exponential is 1: adds that lane's exponentials in double, for beside the
+// 1 they would be rounded to its units, and the loss of a row that is nearly certain is their sum. They are those of
+// the classes [begin, end) of a block, whose logits are x; kept in exps if a gradient is wanted.
+template <class T, TargetKind kTarget, bool kWantsGrad>
+FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t end, const T* exps, RowLaneSums<T, kTarget>& sums) {
+  int64_t n_lanes = 0, lane = 0;
+  for (int64_t l = 0; l < kLanes; ++l) {
+    const int64_t is_large = sums.exp.few[l] >= 1;
+    n_lanes += is_large;
+    lane += is_large * l;
+  }
+  if (n_lanes != 1) return;
+  double sum = 0;
+  for (int64_t i = begin + lane; i < end; i += kLanes) {
+    sum += kWantsGrad ? exps[i] : exp_nonpositive(x[i] - sums.max);
+  }
+  sums.exp.few[lane] = 0;
+  sums.exp.all[lane] += sum;
+}
+
+// add_classes of a block, whose logits are x in the compute type. Calls before(i, m) for each group of m classes from
+// i.
 template <class S, TargetKind kTarget, bool kWantsGrad, class F>
 FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_t<S>* y,
                           const TargetTerms<compute_t<S>> terms, int64_t first, int64_t n, compute_t<S>* exps,
@@ -119,6 +140,9 @@ FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_
       add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
                                           exps + (kWantsGrad ? i : 0), sums);
     });
+    if constexpr (!std::is_same_v<T, double>) {
+      add_lane_of_max<T, kTarget, kWantsGrad>(x, part, end, exps, sums);
+    }
     sums.flush();
   }
 }

@@ -35,8 +35,8 @@ struct TileSums {
   LaneSums<T> exp, q, qx;
 };
 
-// Adds the exponentials and q of class c to the sums.
-template <class T, TargetKind kTarget, bool kWantsGrad>
+// Adds the exponentials and q of class c to the sums; leaves the exponentials in the logits' place.
+template <class T, TargetKind kTarget>
 FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c, TileSums<T>& sums) {
   const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
   for (int64_t i = 0; i < kTileWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
@@ -52,7 +52,34 @@ FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64
       if constexpr (!has_index(kTarget)) sums.q.few[j] += q;
       sums.qx.few[j] += q * shifted;
     }
-    if constexpr (kWantsGrad) x[j] = e;
+    x[j] = e;
+  }
+}
+
+constexpr int64_t kTermsBelowMax = 4 * kSumTerms;  // that are summed in the compute type
+
+// Sums again, without the maximum's exponential, where that is most of the sum: it is 1, and beside it the others were
+// rounded to its units, though the loss of a row that is nearly certain is their sum.
+template <class T>
+FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum, double* log_sum) {
+  bool is_needed = false;
+  for (int64_t j = 0; j < kTileWidth; ++j) is_needed |= exp_sum[j] < 2;
+  if (!is_needed) return;
+  double rest[kTileWidth] = {};
+  for (int64_t begin = 0; begin < tile.n_classes; begin += kTermsBelowMax) {
+    const int64_t end = std::min(begin + kTermsBelowMax, tile.n_classes);
+    alignas(64) T below[kTileWidth] = {};
+    for (int64_t c = begin; c < end; ++c) {
+      const T* e = tile.values + c * tile.stride;
+#pragma omp simd
+      for (int64_t j = 0; j < kTileWidth; ++j) below[j] += e[j] < 1 ? e[j] : T(0);
+    }
+    for (int64_t j = 0; j < kTileWidth; ++j) rest[j] += below[j];
+  }
+  for (int64_t j = 0; j < kTileWidth; ++j) {
+    const bool has_one_max = exp_sum[j] >= 1 && exp_sum[j] < 2;  // not where no logit is finite
+    if constexpr (std::is_same_v<T, double>) log_sum[j] = has_one_max ? std::log1p(rest[j]) : log_sum[j];
+    exp_sum[j] = has_one_max ? 1 + rest[j] : exp_sum[j];
   }
 }
 
@@ -92,18 +119,20 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   }
   for (int64_t part = 0; part < tile.n_classes; part += kSumTerms) {
     const int64_t end = std::min(part + kSumTerms, tile.n_classes);
-    for (int64_t c = part; c < end; ++c) add_class<T, kTarget, kWantsGrad>(tile, terms, c, sums);
+    for (int64_t c = part; c < end; ++c) add_class<T, kTarget>(tile, terms, c, sums);
     sums.exp.flush();
     if constexpr (!kHasTarget) sums.q.flush();
     if constexpr (kTarget != TargetKind::kIndex) sums.qx.flush();
   }
 
   // What is found of each position, in vectors of double.
-  const double* exp_sum = sums.exp.all;
+  double* exp_sum = sums.exp.all;
   double log_sum[kTileWidth];
   if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = std::log(exp_sum[j]);
+    sum_below_max(tile, exp_sum, log_sum);
   } else {
+    sum_below_max(tile, exp_sum, log_sum);
 #pragma omp simd
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
     for (int64_t j = 0; j < kTileWidth; ++j) {

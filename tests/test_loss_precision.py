@@ -1,0 +1,86 @@
+"""How exact a loss is where rounding shows most: losses close to 0, and sums of very many terms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import devices
+import fastopt
+from common import to_device
+from loss_cases import loss_and_grad, make_values, truth_of
+
+RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
+
+cross_entropy = fastopt.functional.cross_entropy
+on_cpu = pytest.mark.skipif("devices.is_gpu()")
+
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.t().contiguous().t(),
+    "images": lambda x: x.view(-1, 4, x.shape[1]).transpose(1, 2).contiguous(),
+}
+
+
+def relative_error(value, truth):
+    return ((value.double() - truth) / truth).abs()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n_classes", [2, 16, 17, 64, 65, 100, 1000, 2049, 5000])
+def test_the_loss_of_nearly_certain_rows_is_as_exact_as_that_of_others(n_classes, layout):
+    """Small exponentials beside the target's, which is 1, must not be rounded to its units; nor its gradient."""
+    x = make_values((200, n_classes), scale=2.0)
+    target = x.argmax(1)
+    x[torch.arange(200), target] += torch.linspace(8, 18, 200)
+    x, target = LAYOUTS[layout](x), target.view(-1, 4) if layout == "images" else target
+    loss, grad = loss_and_grad(cross_entropy, x, target, reduction="none")
+    truths = truth_of(F.cross_entropy, x, target, reduction="none")
+    own_loss = relative_error(loss, truths[0])
+    own_grad, true_grad = (g.gather(1, target.unsqueeze(1)).squeeze(1) for g in (grad, truths[1]))
+    theirs = relative_error(F.cross_entropy(x, target, reduction="none"), truths[0])
+    if devices.is_gpu():  # whose threads add in float32, as torch's do there
+        assert own_loss.mean() <= 1.5 * theirs.mean() + 1e-6
+        return
+    assert own_loss.max() <= 3e-6
+    assert relative_error(own_grad, true_grad).max() <= 3e-6
+    torch.testing.assert_close(cross_entropy(x, target, reduction="none"), loss, rtol=2e-6, atol=0)
+
+
+@pytest.mark.native
+@on_cpu
+@pytest.mark.parametrize("n_classes", [16, 17, 70])
+def test_a_loss_of_a_ten_millionth_is_not_zero(n_classes):
+    x = torch.zeros(1, n_classes)
+    x[0, 0] = 17.0
+    loss, grad = loss_and_grad(cross_entropy, x, torch.tensor([0]))
+    exact = math.log1p((n_classes - 1) * math.exp(-17))
+    assert abs(loss.item() / exact - 1) < 1e-6
+    assert abs(grad[0, 0].item() / math.expm1(-exact) - 1) < 1e-6
+
+
+@pytest.mark.parametrize("n_classes", [10, 70])
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_the_mean_of_a_million_losses_is_rounded_about_once(n_classes, has_weight):
+    n = 20_000 if devices.is_gpu() else 1_000_000 if n_classes == 10 else 100_000
+    x, target = make_values((n, n_classes), torch.float64), to_device(torch.arange(n) * 7 % n_classes)
+    weight = torch.linspace(0.01, 1.01, n_classes, dtype=torch.float64) if has_weight else None
+    losses = F.cross_entropy(x, target, weight, reduction="none")
+    total = math.fsum(losses.tolist())
+    count = math.fsum(weight[target].tolist()) if has_weight else n
+    assert abs(cross_entropy(x, target, weight).item() / (total / count) - 1) <= 4 * 2.3e-16
+    assert abs(cross_entropy(x, target, weight, reduction="sum").item() / total - 1) <= 4 * 2.3e-16
+
+
+def test_weights_of_very_many_classes_are_summed_as_exactly():
+    n_classes = 3_000 if devices.is_gpu() else 300_000
+    x, target = make_values((2, n_classes), torch.float64), torch.tensor([5, n_classes - 1])
+    weight = make_values((n_classes,), torch.float64, seed=3).abs()
+    log_probabilities = x.log_softmax(1)
+    total = 0.0
+    for row, t in zip(log_probabilities, target, strict=True):
+        spread = math.fsum((row * weight).tolist()) / n_classes
+        total -= 0.9 * (row[t] * weight[t]).item() + 0.1 * spread
+    loss = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum")
+    assert abs(loss.item() / total - 1) <= 16 * 2.3e-16
