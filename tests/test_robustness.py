@@ -146,6 +146,44 @@ def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
     assert (result.returncode, result.stdout) == (0, "0 results differ from one thread's\n"), result.stderr[-3000:]
 
 
+CHANGED_TARGETS = """
+    import multiprocessing, os, sys
+    import torch, fastopt
+
+    n_classes, n_inner = int(sys.argv[1]), int(sys.argv[2])
+    sizes = (64, n_classes, n_inner) if n_inner else (2000, n_classes)
+    x = torch.randn(sizes, requires_grad=True)
+    target = torch.zeros(sizes[:1] + sizes[2:], dtype=torch.long).share_memory_()
+    weight, parent = torch.ones(n_classes), os.getpid()
+
+    def change():
+        while os.getppid() == parent:
+            for value in (2**50, 0, -(2**50), n_classes - 1):
+                target.fill_(value)
+
+    process = multiprocessing.get_context("fork").Process(target=change, daemon=True)
+    process.start()
+    n_raised = 0
+    for i in range(400):
+        try:
+            fastopt.functional.cross_entropy(x, target, weight if i % 2 else None).backward()
+        except IndexError:
+            n_raised += 1
+    process.kill()
+    print("lives", n_raised > 0)
+"""
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("n_classes", "n_inner"), [(10, 0), (300, 0), (10, 40)])
+def test_targets_that_another_process_changes_are_read_once(n_classes, n_inner):
+    """What was checked must be what is used: between the two, memory that is shared may change."""
+    program = textwrap.dedent(CHANGED_TARGETS)
+    command = [sys.executable, "-c", program, str(n_classes), str(n_inner)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert result.stdout == "lives True\n", result.stderr[-2000:]
+
+
 INTERRUPTED = """
     import itertools, os, random, signal, sys, threading, time
     import torch, fastopt

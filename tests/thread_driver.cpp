@@ -77,7 +77,8 @@ std::vector<float> losses(const cpu::Threads& threads, int64_t n_outer, int64_t 
   problem.grad_scale = 1;
   problem.losses = each.data();
   if (!cpu::tally_targets(problem, threads).is_valid) return {};
-  const double sum = cpu::cross_entropy(problem, threads);
+  double sum = 0;
+  if (!cpu::cross_entropy(problem, threads, &sum)) return {};
   for (size_t i = 0; i < kAround; ++i) {
     if (around[i] != kGuard || around[around.size() - 1 - i] != kGuard) return {};
   }

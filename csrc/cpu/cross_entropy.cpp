@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy_row_run.h"
+#include "cpu/cross_entropy_run.h"
 #include "cpu/cross_entropy_tile.h"
 #include "cpu/tile_copies.h"
 
@@ -65,8 +66,9 @@ struct TilePlace {
 
 // `n` positions from `first` of image `outer` (of all rows, for rows), as tiles side by side; the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int64_t n, bool streams) {
+double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) {
   using T = compute_t<S>;
+  const CrossEntropyProblem& p = run.problem;
   const int64_t n_classes = p.logits_layout.n_classes;
   const int64_t first_position = p.logits_layout.is_rows() ? first : outer * p.logits_layout.n_inner + first;
 
@@ -81,7 +83,7 @@ double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int
   };
   T* values = read(p.logits, p.logits_layout, 1);
   const T* probabilities = has_index(kTarget) ? nullptr : read(p.probabilities, p.probabilities_layout, 2);
-  double sum = 0;
+  CompensatedSum sum;
   for (int64_t i = 0; i < n; i += kTileWidth) {
     const TilePlace ahead = TilePlace::of(p.logits_layout, outer, first + n + i, n);
     Tile<T> tile{};
@@ -94,23 +96,23 @@ double run_tiles(const CrossEntropyProblem& p, int64_t outer, int64_t first, int
     tile.n_positions = std::min(kTileWidth, n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
-      const int64_t* target = p.target + first_position + i;
-      std::fill(std::copy(target, target + tile.n_positions, targets), targets + kTileWidth, p.ignore_index);
+      run.read_targets(first_position + i, tile.n_positions, targets);
+      std::fill(targets + tile.n_positions, targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
       tile.probabilities = probabilities + i;
     }
     double losses[kTileWidth];
-    sum += tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses);
+    sum.add(tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses));
     for (int64_t j = 0; p.losses && j < tile.n_positions; ++j) {
       store(static_cast<S*>(p.losses)[first_position + i + j], static_cast<T>(losses[j]));
     }
   }
   if constexpr (kWantsGrad) {
     const TilePlace place = TilePlace::of(p.grad_layout, outer, first, n);
-    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer, streams);
+    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer, run.streams);
   }
-  return sum;
+  return sum.total();
 }
 
 template <class F>
@@ -125,6 +127,39 @@ auto with_kind(TargetKind kind, F&& f) {
   }
 }
 
+double weight_of(const CrossEntropyProblem& p, int64_t c) {
+  return p.dtype == DType::kFloat64 ? static_cast<const double*>(p.weight)[c]
+                                    : static_cast<double>(static_cast<const float*>(p.weight)[c]);
+}
+
+// Of the targets [begin, end).
+TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
+  TargetTally part;
+  const int64_t ignore_index = p.ignore_index;
+  int64_t n_kept = 0, n_bad = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = p.target[i];
+    n_kept += t != ignore_index;
+    n_bad += (t != ignore_index) & !p.is_class(t);
+  }
+  part.weight_sum = static_cast<double>(n_kept);
+  for (int64_t i = begin; n_bad > 0 && i < end; ++i) {
+    const int64_t t = p.target[i];
+    if (t == ignore_index || p.is_class(t)) continue;
+    part.is_valid = false;
+    part.bad_target = t;
+    return part;
+  }
+  if (p.weight) {
+    part.weight_sum = sum_of(end - begin, [&](int64_t i) {
+      int64_t t;
+      copy_targets(p.target + begin + i, 1, &t);
+      return p.is_class(t) && t != ignore_index ? weight_of(p, t) : 0.0;
+    });
+  }
+  return part;
+}
+
 Threads at_most(const Threads& threads, int64_t n_elements) {
   return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.on_each};
 }
@@ -132,47 +167,33 @@ Threads at_most(const Threads& threads, int64_t n_elements) {
 }  // namespace
 
 TargetTally tally_targets(const CrossEntropyProblem& p, const Threads& threads) {
-  const LogitLayout& layout = p.logits_layout;
-  const int64_t n = layout.n_outer * layout.n_inner;
+  const int64_t n = p.logits_layout.n_outer * p.logits_layout.n_inner;
   constexpr int64_t kTargetsPerTask = 16384;
   std::vector<TargetTally> parts(divide_up(n, kTargetsPerTask));
   run_tasks(at_most(threads, n), parts.size(), [&](int64_t task) {
-    TargetTally part;
-    const int64_t end = std::min(n, (task + 1) * kTargetsPerTask);
-    for (int64_t i = task * kTargetsPerTask; i < end; ++i) {
-      const int64_t t = p.target[i];
-      if (t == p.ignore_index) continue;
-      if (t < 0 || t >= layout.n_classes) {
-        part.is_valid = false;
-        part.bad_target = t;
-        break;
-      }
-      ++part.n_kept;
-      if (p.weight) {
-        part.weight_sum += p.dtype == DType::kFloat64 ? static_cast<const double*>(p.weight)[t]
-                                                      : static_cast<const float*>(p.weight)[t];
-      }
-    }
-    parts[task] = part;
+    const int64_t begin = task * kTargetsPerTask;
+    parts[task] = tally_part(p, begin, std::min(n, begin + kTargetsPerTask));
   });
   TargetTally tally;
   for (const TargetTally& part : parts) {
-    tally.n_kept += part.n_kept;
-    tally.weight_sum += part.weight_sum;
     if (tally.is_valid && !part.is_valid) {
       tally.is_valid = false;
       tally.bad_target = part.bad_target;
     }
   }
-  if (!p.weight) tally.weight_sum = static_cast<double>(tally.n_kept);
+  tally.weight_sum = sum_of(parts.size(), [&](int64_t i) { return parts[i].weight_sum; });
   return tally;
+}
+
+double sum_weights(const CrossEntropyProblem& p) {
+  return sum_of(p.logits_layout.n_classes, [&](int64_t c) { return weight_of(p, c); });
 }
 
 int64_t stream_beyond(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
 
 bool has_totals(const LogitLayout& layout) { return layout.is_rows() && layout.n_classes > kMaxNarrowClasses; }
 
-double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
+bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double* loss_sum) {
   const LogitLayout& layout = p.logits_layout;
   const int64_t n_classes = layout.n_classes;
   const bool is_rows = layout.is_rows();
@@ -184,7 +205,7 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
   const int64_t tasks_per_line = divide_up(n_line, width);
   const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
 
-  const bool streams = streams_gradient(p);
+  CrossEntropyRun run{p, streams_gradient(p)};
   std::vector<double> sums(n_tasks);
   with_stored_type(p.dtype, [&](auto stored) {
     using S = decltype(stored);
@@ -194,22 +215,21 @@ double cross_entropy(const CrossEntropyProblem& p, const Threads& threads) {
         constexpr bool kWantsGrad = decltype(wants_grad)::value;
         const Threads runners = at_most(threads, layout.n_outer * layout.n_inner * n_classes);
         share_tasks(runners, n_tasks, [&](auto&& next) {
-          RowRun<S, kTarget, kWantsGrad> run_rows(p, streams);
+          RowRun<S, kTarget, kWantsGrad> run_rows(run);
           for (int64_t task = next(); task < n_tasks; task = next()) {
             const int64_t first = (task % tasks_per_line) * width;
             const int64_t n = std::min(width, n_line - first);
-            sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(p, task / tasks_per_line, first, n, streams)
+            sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(run, task / tasks_per_line, first, n)
                                   : run_rows(first, first + n);
           }
           run_rows.end();
-          if (streams) end_streaming();
+          if (run.streams) end_streaming();
         });
       });
     });
   });
-  double sum = 0;
-  for (const double part : sums) sum += part;
-  return sum;
+  *loss_sum = sum_of(n_tasks, [&](int64_t task) { return sums[task]; });
+  return !run.has_bad_target;
 }
 
 }  // namespace fastopt::cpu

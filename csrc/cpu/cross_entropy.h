@@ -7,14 +7,16 @@
 namespace fastopt::cpu {
 
 struct TargetTally {
-  int64_t n_kept = 0;      // targets that are not ignore_index
-  double weight_sum = 0;   // of their classes
-  bool is_valid = true;    // all kept targets are classes
+  double weight_sum = 0;   // of the targets' classes, 1 each without weights; not of those that are ignore_index
+  bool is_valid = true;    // all other targets are classes
   int64_t bad_target = 0;  // the first that is not
 };
 
 // Reads the targets once, before anything is indexed by them.
 TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& threads);
+
+// The sum of the weights of all classes.
+double sum_weights(const CrossEntropyProblem& problem);
 
 // Whether `totals` of a problem are found and used.
 bool has_totals(const LogitLayout& layout);
@@ -23,7 +25,8 @@ bool has_totals(const LogitLayout& layout);
 // first the size of the last cache. For tests.
 int64_t stream_beyond(int64_t n_bytes);
 
-// Returns the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
-double cross_entropy(const CrossEntropyProblem& problem, const Threads& threads);
+// Finds the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
+// Returns false if a target has become something that is not a class since the targets were tallied.
+bool cross_entropy(const CrossEntropyProblem& problem, const Threads& threads, double* loss_sum);
 
 }  // namespace fastopt::cpu

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy_row.h"
+#include "cpu/cross_entropy_run.h"
 
 namespace fastopt::cpu {
 
@@ -33,8 +34,8 @@ class RowRun {
   static constexpr bool kHasTarget = has_index(kTarget);
 
  public:
-  RowRun(const CrossEntropyProblem& problem, bool streams)
-      : p_(problem), shared_terms_(target_terms<T>(problem)), streams_(streams) {
+  explicit RowRun(CrossEntropyRun& run)
+      : run_(run), p_(run.problem), shared_terms_(target_terms<T>(run.problem)), streams_(run.streams) {
     const int64_t n_classes = p_.logits_layout.n_classes;
     if constexpr (kWantsGrad) {
       offsets_ = scratch<double>(n_classes / kRowBlock + 1, 0);
@@ -44,13 +45,13 @@ class RowRun {
 
   // The sum of the rows' losses. The last row's gradient is not written yet.
   double operator()(int64_t begin, int64_t end) {
-    double sum = 0;
+    CompensatedSum sum;
     for (int64_t i = begin; i < end; ++i) {
       const double loss = row_loss(i);
       if (p_.losses) store(static_cast<S*>(p_.losses)[i], static_cast<T>(loss));
-      sum += loss;
+      sum.add(loss);
     }
-    return sum;
+    return sum.total();
   }
   void end() {
     if constexpr (kWantsGrad) {
@@ -71,7 +72,7 @@ class RowRun {
     row.offsets = offsets_;
     TargetTerms<T> terms = shared_terms_;
     if constexpr (kHasTarget) {
-      row.target = p_.target[i];
+      run_.read_targets(i, 1, &row.target);
       if (row.target == p_.ignore_index) {
         if constexpr (kWantsGrad) memset(static_cast<void*>(row.grad), 0, row.n_classes * sizeof(*row.grad));
         return 0;
@@ -95,6 +96,7 @@ class RowRun {
     return loss;
   }
 
+  CrossEntropyRun& run_;
   const CrossEntropyProblem& p_;
   const TargetTerms<T> shared_terms_;
   const bool streams_;

@@ -1,7 +1,9 @@
 // Reductions by lane: several vectors of any instruction set side by side, so that no term waits for the one before.
 #pragma once
 
-#include <limits>  // numeric_limits
+#include <algorithm>  // min
+#include <cmath>      // fabs
+#include <limits>     // numeric_limits
 
 #include "common.h"
 
@@ -39,6 +41,41 @@ struct LaneSums {
     return fold_lanes(lanes, [](double a, double b) { return a + b; });
   }
 };
+
+// A sum of many terms in double that is as exact as if it were rounded once (Neumaier, 1974).
+class CompensatedSum {
+ public:
+  void add(double term) {
+    const double next = sum_ + term;
+    lost_ += std::fabs(sum_) >= std::fabs(term) ? (sum_ - next) + term : (term - next) + sum_;
+    sum_ = next;
+  }
+  double total() const {
+    const double total = sum_ + lost_;
+    return total == total ? total : sum_;  // nothing is known of what an infinite sum has lost
+  }
+
+ private:
+  double sum_ = 0, lost_ = 0;
+};
+
+// The sum of f(i) for i in [0, n), by lane and then pairwise.
+template <class F>
+double sum_of(int64_t n, F&& f) {
+  constexpr int64_t kTerms = 16 * kLanes;  // more are added in double with compensation
+  CompensatedSum sum;
+  for (int64_t begin = 0; begin < n; begin += kTerms) {
+    alignas(64) double lanes[kLanes] = {};
+    const int64_t end = std::min(begin + kTerms, n);
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += f(i + l);
+    }
+    for (int64_t l = 0; i < end; ++i, ++l) lanes[l] += f(i);
+    sum.add(fold_lanes(lanes, [](double a, double b) { return a + b; }));
+  }
+  return sum.total();
+}
 
 // The lowest finite number if there is no larger one: -inf - -inf would not be a number.
 template <class T>

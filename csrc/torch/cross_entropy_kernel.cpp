@@ -188,11 +188,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     return {cross_entropy_cuda(a, problem, loss_sizes), grad};
   }
   if (a.weight && has_indices && a.label_smoothing != 0) {  // else a weight that is not finite would reach every row
-    problem.weight_sum = 0;
-    with_bool(compute_type == at::kDouble, [&](auto is_double) {
-      using T = std::conditional_t<decltype(is_double)::value, double, float>;
-      for (int64_t c = 0; c < layout->n_classes; ++c) problem.weight_sum += static_cast<const T*>(problem.weight)[c];
-    });
+    problem.weight_sum = cpu::sum_weights(problem);
   }
 
   // Targets are checked before any of them is used, and give the mean's denominator.
@@ -215,15 +211,14 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   if (totals && totals->defined()) problem.totals = static_cast<RowTotals*>(totals->mutable_data_ptr());
 
   at::Tensor loss;
-  if (grad.defined() && problem.totals) {
-    cpu::cross_entropy(problem, threads);
-  } else if (a.reduction == at::Reduction::None) {
-    loss = at::empty(loss_sizes, options);
-    problem.losses = loss.mutable_data_ptr();
-    cpu::cross_entropy(problem, threads);
-  } else {
-    loss = at::empty({}, options);
-    double sum = cpu::cross_entropy(problem, threads);
+  const bool is_known = grad.defined() && problem.totals;
+  const bool is_reduced = a.reduction != at::Reduction::None;
+  if (!is_known) loss = at::empty(is_reduced ? at::IntArrayRef() : at::IntArrayRef(loss_sizes), options);
+  if (!is_known && !is_reduced) problem.losses = loss.mutable_data_ptr();
+  double sum = 0;
+  TORCH_CHECK_INDEX(cpu::cross_entropy(problem, threads, &sum),
+                    "A target was changed to one that is out of bounds while the loss was computed.");
+  if (!is_known && is_reduced) {
     if (a.reduction == at::Reduction::Mean) sum /= denominator;
     with_stored_type(problem.dtype, [&](auto stored) {
       using S = decltype(stored);
