@@ -96,7 +96,7 @@ double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) 
     tile.n_positions = std::min(kTileWidth, n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
-      run.read_targets(first_position + i, tile.n_positions, targets);
+      run.copy_targets(first_position + i, tile.n_positions, targets);
       std::fill(targets + tile.n_positions, targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
@@ -133,19 +133,19 @@ double weight_of(const CrossEntropyProblem& p, int64_t c) {
 }
 
 // Of the targets [begin, end).
-TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
+FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
   TargetTally part;
-  const int64_t ignore_index = p.ignore_index;
+  const int64_t ignore_index = p.ignore_index, n_classes = p.logits_layout.n_classes;
   int64_t n_kept = 0, n_bad = 0;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t t = p.target[i];
     n_kept += t != ignore_index;
-    n_bad += (t != ignore_index) & !p.is_class(t);
+    n_bad += (t != ignore_index) & !is_class(t, n_classes);
   }
   part.weight_sum = static_cast<double>(n_kept);
   for (int64_t i = begin; n_bad > 0 && i < end; ++i) {
     const int64_t t = p.target[i];
-    if (t == ignore_index || p.is_class(t)) continue;
+    if (t == ignore_index || is_class(t, n_classes)) continue;
     part.is_valid = false;
     part.bad_target = t;
     return part;
@@ -154,7 +154,7 @@ TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end)
     part.weight_sum = sum_of(end - begin, [&](int64_t i) {
       int64_t t;
       copy_targets(p.target + begin + i, 1, &t);
-      return p.is_class(t) && t != ignore_index ? weight_of(p, t) : 0.0;
+      return is_class(t, n_classes) && t != ignore_index ? weight_of(p, t) : 0.0;
     });
   }
   return part;

@@ -72,8 +72,8 @@ class RowRun {
     row.offsets = offsets_;
     TargetTerms<T> terms = shared_terms_;
     if constexpr (kHasTarget) {
-      run_.read_targets(i, 1, &row.target);
-      if (row.target == p_.ignore_index) {
+      run_.copy_targets(i, 1, &row.target);
+      if (row.target == p_.ignore_index || !is_class(row.target, row.n_classes)) {
         if constexpr (kWantsGrad) memset(static_cast<void*>(row.grad), 0, row.n_classes * sizeof(*row.grad));
         return 0;
       }

@@ -20,16 +20,14 @@ struct CrossEntropyRun {
   const bool streams;                       // gradients go past the caches
   std::atomic<bool> has_bad_target{false};  // a target is not a class, though all were when they were checked
 
-  // The classes of n positions from `first` on; of one that is not a class, ignore_index.
-  void read_targets(int64_t first, int64_t n, int64_t* targets) {
-    copy_targets(problem.target + first, n, targets);
-    bool is_valid = true;
+  // Copies the targets of n positions from `first` on, and notes if one is not a class.
+  void copy_targets(int64_t first, int64_t n, int64_t* targets) {
+    cpu::copy_targets(problem.target + first, n, targets);
+    int64_t n_bad = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const bool is_fine = targets[i] == problem.ignore_index || problem.is_class(targets[i]);
-      is_valid &= is_fine;
-      targets[i] = is_fine ? targets[i] : problem.ignore_index;
+      n_bad += (targets[i] != problem.ignore_index) & !is_class(targets[i], problem.logits_layout.n_classes);
     }
-    if (!is_valid) has_bad_target = true;
+    if (n_bad > 0) has_bad_target = true;
   }
 };
 

@@ -23,7 +23,7 @@ struct Tile {
   int64_t stride;          // from class to class
   int64_t n_classes;
   int64_t n_positions;    // the others' losses are not summed
-  const int64_t* target;  // of each position, or null
+  const int64_t* target;  // of each position, or null; what is not a class counts as ignored
   int64_t ignore_index;
   const void* ahead;     // where the logits of a later tile lie
   int64_t ahead_stride;  // from class to class, in bytes
@@ -57,13 +57,14 @@ FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64
 }
 
 constexpr int64_t kTermsBelowMax = 4 * kSumTerms;  // that are summed in the compute type
+constexpr double kMostlyMax = 1.25;                // a sum below this is mostly the maximum's 1
 
 // Sums again, without the maximum's exponential, where that is most of the sum: it is 1, and beside it the others were
 // rounded to its units, though the loss of a row that is nearly certain is their sum.
 template <class T>
-FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum, double* log_sum) {
+FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum) {
   bool is_needed = false;
-  for (int64_t j = 0; j < kTileWidth; ++j) is_needed |= exp_sum[j] < 2;
+  for (int64_t j = 0; j < kTileWidth; ++j) is_needed |= exp_sum[j] < kMostlyMax;
   if (!is_needed) return;
   double rest[kTileWidth] = {};
   for (int64_t begin = 0; begin < tile.n_classes; begin += kTermsBelowMax) {
@@ -77,8 +78,7 @@ FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum, double* log_
     for (int64_t j = 0; j < kTileWidth; ++j) rest[j] += below[j];
   }
   for (int64_t j = 0; j < kTileWidth; ++j) {
-    const bool has_one_max = exp_sum[j] >= 1 && exp_sum[j] < 2;  // not where no logit is finite
-    if constexpr (std::is_same_v<T, double>) log_sum[j] = has_one_max ? std::log1p(rest[j]) : log_sum[j];
+    const bool has_one_max = exp_sum[j] >= 1 && exp_sum[j] < kMostlyMax;  // not where no logit is finite
     exp_sum[j] = has_one_max ? 1 + rest[j] : exp_sum[j];
   }
 }
@@ -110,7 +110,7 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   int64_t targets[kTileWidth];  // 0 where they are ignored
   bool is_kept[kTileWidth];
   for (int64_t j = 0; j < kTileWidth; ++j) {
-    is_kept[j] = !kHasTarget || tile.target[j] != tile.ignore_index;
+    is_kept[j] = !kHasTarget || (tile.target[j] != tile.ignore_index && is_class(tile.target[j], tile.n_classes));
     targets[j] = kHasTarget && is_kept[j] ? tile.target[j] : 0;
   }
   for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {
@@ -130,9 +130,8 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   double log_sum[kTileWidth];
   if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = std::log(exp_sum[j]);
-    sum_below_max(tile, exp_sum, log_sum);
   } else {
-    sum_below_max(tile, exp_sum, log_sum);
+    sum_below_max(tile, exp_sum);
 #pragma omp simd
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
     for (int64_t j = 0; j < kTileWidth; ++j) {

@@ -38,6 +38,10 @@ struct RowTotals {
   double q_sum;    // sum q
 };
 
+FASTOPT_HD bool is_class(int64_t target, int64_t n_classes) {
+  return static_cast<uint64_t>(target) < static_cast<uint64_t>(n_classes);
+}
+
 struct CrossEntropyProblem {
   DType dtype;  // of logits, probabilities and losses
   const void* logits;
@@ -55,9 +59,6 @@ struct CrossEntropyProblem {
   void* losses;       // of each position, or null
   RowTotals* totals;  // of each position: found where no gradient is wanted, used where one is; or null
 
-  FASTOPT_HD bool is_class(int64_t t) const {
-    return static_cast<uint64_t>(t) < static_cast<uint64_t>(logits_layout.n_classes);
-  }
   FASTOPT_HD TargetKind kind() const {
     if (probabilities) return weight ? TargetKind::kProbabilityWeighted : TargetKind::kProbability;
     if (label_smoothing == 0) return TargetKind::kIndex;
