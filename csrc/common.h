@@ -23,6 +23,8 @@ struct Half {
 
 enum class DType : int8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
+
 // The type in which a stored type is computed.
 template <class S>
 struct ComputeType {

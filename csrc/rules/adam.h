@@ -3,12 +3,12 @@
 #pragma once
 
 #include <cmath>  // expm1, log, sqrt
-
 #include "common.h"
 
 namespace fastopt {
 
 struct AdamOptions {
+  static constexpr int kNumbers = 5;
   double lr, beta1, beta2, eps, weight_decay;
   bool amsgrad, maximize, decoupled_weight_decay;
 };
@@ -19,22 +19,25 @@ struct Adam {
   using Real = T;
   using Options = AdamOptions;
   static constexpr int kStates = 2 + kAmsgrad;
-  T step_size, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
+  static constexpr int kConstants = 10;
+  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
   bool has_l2_decay, has_decoupled_decay;
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
-  // (lr / c1) m / (sqrt(v / c2) + eps) = (lr sqrt(c2) / c1) m / (sqrt(v) + eps sqrt(c2)), one division instead of two.
+  // (lr / c1) m / (sqrt(v / c2) + eps), with sqrt(v / c2) as a product. Neither eps nor lr takes sqrt(c2), about 1/30
+  // at first: a small eps would become 0, and a small moment times the smaller lr as well.
   FASTOPT_HD static Adam at_step(const AdamOptions& o, double step) {
     // 1 - beta^t without cancellation; log 0 is -inf, and beta = 0 gives 1.
     const double bias_correction1 = -std::expm1(step * std::log(o.beta1));
     const double bias_correction2_sqrt = std::sqrt(-std::expm1(step * std::log(o.beta2)));
     const bool has_decay = o.weight_decay != 0;
-    return {T(o.lr * bias_correction2_sqrt / bias_correction1),
+    return {T(o.lr / bias_correction1),
+            T(1 / bias_correction2_sqrt),
             T(o.beta1),
             T(1 - o.beta1),
             T(o.beta2),
             T(1 - o.beta2),
-            T(o.eps * bias_correction2_sqrt),
+            T(o.eps),
             T(o.weight_decay),
             T(o.lr * o.weight_decay),
             T(o.maximize ? -1 : 1),
@@ -61,7 +64,7 @@ struct Adam {
       max_exp_avg_sq = exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq ? exp_avg_sq : max_exp_avg_sq;
       variance = max_exp_avg_sq;
     }
-    param -= step_size * exp_avg / (std::sqrt(variance) + eps);
+    param -= step_size * (exp_avg / (std::sqrt(variance) * correction + eps));
   }
 };
 

@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cmath>  // sqrt
-
 #include "common.h"
 
 namespace fastopt {
 
 struct RmsPropOptions {
+  static constexpr int kNumbers = 5;
   double lr, alpha, eps, weight_decay, momentum;
   bool centered, maximize;
 };
@@ -18,6 +18,7 @@ struct RmsProp {
   using Real = T;
   using Options = RmsPropOptions;
   static constexpr int kStates = 1 + kMomentum + kCentered;
+  static constexpr int kConstants = 7;
   T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign;
   bool has_weight_decay;
 

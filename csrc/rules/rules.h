@@ -1,6 +1,8 @@
 // The list of rules: every update for which the CPU and CUDA loops are compiled, and what one call of a loop is given.
 #pragma once
 
+#include <cmath>    // isfinite
+#include <cstddef>  // offsetof
 #include <cstdint>
 #include <cstring>  // memcpy
 
@@ -26,6 +28,15 @@ template <class T>
 using AdamPlain = Adam<T, false>;
 template <class T>
 using AdamAmsgrad = Adam<T, true>;
+
+// Options begin with kNumbers numbers, rules with kConstants constants.
+static_assert(offsetof(SgdOptions, nesterov) == SgdOptions::kNumbers * sizeof(double));
+static_assert(offsetof(RmsPropOptions, centered) == RmsPropOptions::kNumbers * sizeof(double));
+static_assert(offsetof(AdamOptions, amsgrad) == AdamOptions::kNumbers * sizeof(double));
+static_assert(offsetof(Sgd<float>, has_weight_decay) == Sgd<float>::kConstants * sizeof(float));
+static_assert(offsetof(SgdNesterov<float>, has_weight_decay) == SgdNesterov<float>::kConstants * sizeof(float));
+static_assert(offsetof(RmsPropPlain<float>, has_weight_decay) == RmsPropPlain<float>::kConstants * sizeof(float));
+static_assert(offsetof(AdamPlain<float>, has_l2_decay) == AdamPlain<float>::kConstants * sizeof(float));
 }  // namespace fastopt
 
 #define FASTOPT_RULES(X)     \
@@ -82,6 +93,20 @@ struct RuleValue {
     return value;
   }
 };
+
+// Whether a rule of float32 can say what its options say: no constant is infinite, or not a number, though all options
+// are finite.
+template <class Rule>
+bool is_in_range(const Rule& rule, const typename Rule::Options& options) {
+  double numbers[Rule::Options::kNumbers];
+  typename Rule::Real constants[Rule::kConstants];
+  memcpy(numbers, &options, sizeof(numbers));
+  memcpy(constants, &rule, sizeof(constants));
+  bool are_finite = true, are_constants_finite = true;
+  for (const double number : numbers) are_finite &= std::isfinite(number);
+  for (const auto constant : constants) are_constants_finite &= std::isfinite(constant);
+  return are_constants_finite || !are_finite;
+}
 
 // One tensor's update: dense memory, the same order of elements in parameter, gradient and states.
 struct Slab {

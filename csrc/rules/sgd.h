@@ -6,6 +6,7 @@
 namespace fastopt {
 
 struct SgdOptions {
+  static constexpr int kNumbers = 4;
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
 };
@@ -15,6 +16,7 @@ struct Sgd {
   using Real = T;
   using Options = SgdOptions;
   static constexpr int kStates = 0;
+  static constexpr int kConstants = 3;
   T lr, weight_decay, sign;
   bool has_weight_decay;
 
@@ -36,6 +38,7 @@ struct SgdMomentum {
   using Real = T;
   using Options = SgdOptions;
   static constexpr int kStates = 1;
+  static constexpr int kConstants = 5;
   T lr, weight_decay, sign, momentum, grad_scale;
   bool has_weight_decay, is_first;
 

@@ -7,14 +7,14 @@
 namespace fastopt {
 namespace {
 
-std::atomic<bool> forked{false};
+std::atomic<int64_t> n_forks{0};
 
 #if defined(__unix__) || defined(__APPLE__)
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { ++n_forks; });
 #endif
 
 }  // namespace
 
-bool is_forked_child() { return forked.load(std::memory_order_relaxed); }
+int64_t fork_count() { return n_forks.load(std::memory_order_relaxed); }
 
 }  // namespace fastopt

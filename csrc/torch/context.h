@@ -4,9 +4,12 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/forward_grad.h>
 
+#include <algorithm>  // sort
 #include <atomic>
 #include <optional>
+#include <utility>  // pair
 
 #include "common.h"
 #include "cpu/parallel.h"
@@ -30,6 +33,9 @@ inline bool is_quiet() {
   return (c10::impl::tls_local_dispatch_key_set().included_ | kHarmless) == kHarmless;
 }
 
+// Whether forward-mode derivatives are being computed: then tensors may have tangents, which a kernel does not see.
+inline bool is_forward_mode_on() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
+
 // Whose kernels take a tensor.
 enum class Backend : int8_t { kNone, kCpu, kCuda };
 
@@ -51,8 +57,8 @@ inline Backend backend_of(const at::Tensor& tensor) {
   return Backend::kNone;
 }
 
-inline std::optional<DType> dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline std::optional<DType> dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kDouble: return DType::kFloat64;
     case at::kFloat: return DType::kFloat32;
     case at::kBFloat16: return DType::kBFloat16;
@@ -60,19 +66,71 @@ inline std::optional<DType> dtype_of(const at::Tensor& tensor) {
     default: return std::nullopt;
   }
 }
+inline std::optional<DType> dtype_of(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
+
+// Whether a strided tensor's storage holds all its elements; not after storage.resize_(0), by which memory is freed
+// while the tensor lives on.
+inline bool is_backed(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return true;
+  int64_t last = tensor.storage_offset();
+  if (tensor.is_contiguous()) {
+    last += tensor.numel() - 1;
+  } else {
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return static_cast<int64_t>(tensor.storage().nbytes()) >= (last + 1) * static_cast<int64_t>(tensor.itemsize());
+}
+
+// Raises RuntimeError if it does not.
+inline void check_backed(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(is_backed(tensor),
+              "The tensor has a non-zero number of elements, but its data is not allocated yet: ", name, " of shape ",
+              tensor.sizes(), " has a storage of ", tensor.storage().nbytes(), " bytes.");
+}
+
+// Whether two elements of a strided tensor may be one in memory. Not if each dimension, by its stride, steps over all
+// smaller ones.
+inline bool may_overlap_itself(const at::Tensor& tensor) {
+  if (tensor.numel() == 0 || tensor.is_contiguous()) return false;
+  c10::SmallVector<std::pair<int64_t, int64_t>, 6> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) dims.push_back({tensor.stride(d), tensor.size(d)});
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t last = 0;  // the largest offset of the dimensions so far
+  for (const auto& [stride, size] : dims) {
+    if (stride <= last) return true;
+    last += (size - 1) * stride;
+  }
+  return false;
+}
+
+// Whether two strided tensors may have memory in common.
+inline bool may_share_memory(const at::Tensor& a, const at::Tensor& b) {
+  const auto range = [](const at::Tensor& tensor) {
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    int64_t n = tensor.numel() > 0;
+    for (int64_t d = 0; n > 0 && d < tensor.dim(); ++d) n += (tensor.size(d) - 1) * tensor.stride(d);
+    return std::pair(begin, begin + n * tensor.itemsize());
+  };
+  const auto [begin, end] = range(a);
+  const auto [other_begin, other_end] = range(b);
+  return begin < other_end && other_begin < end;
+}
 
 // The value of a tensor of one number in CPU memory, if it is one.
 inline std::optional<double> number_in(const at::Tensor& tensor) {
   const auto dtype = dtype_of(tensor);
-  if (!dtype || !is_plain_cpu(tensor) || tensor.numel() != 1) return std::nullopt;
+  if (!dtype || !is_plain_cpu(tensor) || tensor.numel() != 1 || !is_backed(tensor)) return std::nullopt;
   return with_stored_type(*dtype, [&](auto stored) {
     return std::optional<double>(load(*static_cast<const decltype(stored)*>(tensor.const_data_ptr())));
   });
 }
 
-// Whether this process was forked after the library was loaded: its copy of the thread pool has no threads, and a
-// parallel region would wait for them for ever.
-bool is_forked_child();
+// Forks between the process that loaded the library and this one. After one, the copy of the thread pool has no
+// threads, and a parallel region would wait for them for ever; a lock that another thread held is held for ever.
+int64_t fork_count();
+inline bool is_forked_child() { return fork_count() > 0; }
 
 // torch's own pool and thread count; inside another parallel region, or after a fork, a single thread.
 inline cpu::Threads torch_threads() {

@@ -1,4 +1,5 @@
-// Reads hyper-parameters from a param group (a Python dict). Borrowed references throughout; the GIL is held.
+// Reads hyper-parameters from a param group (a Python dict). The interpreter lock is held. Numbers and flags of unusual
+// types run Python code, which may change anything: the caller holds the group.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,19 +34,19 @@ class GroupReader {
   // The learning rate; one on a GPU is not read, but left for the kernel in lr_on_device().
   bool lr(double& to) {
     PyObject* value = find("lr");
-    if (value && THPVariable_Check(value)) {
+    if (value && THPVariable_CheckExact(value)) {
       const at::Tensor& tensor = THPVariable_Unpack(value);
       if (backend_of(tensor) == Backend::kCuda) {
         const bool is_number = tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble;
         if (!is_number || tensor.numel() != 1 || tensor.requires_grad()) return false;
-        lr_on_device_ = &tensor;
+        lr_on_device_ = tensor;
         to = 0;
         return true;
       }
     }
     return as_number(value, to);
   }
-  const at::Tensor* lr_on_device() const { return lr_on_device_; }
+  const at::Tensor& lr_on_device() const { return lr_on_device_; }  // undefined if lr is not on a GPU
 
   bool pair(const char* name, double& first, double& second) {
     PyObject* value = find(name);
@@ -88,6 +89,7 @@ class GroupReader {
       return no_error();
     }
     if (THPVariable_Check(value)) {
+      if (!THPVariable_CheckExact(value)) return false;
       const at::Tensor& tensor = THPVariable_Unpack(value);
       const auto number = number_in(tensor);
       if (!number || tensor.requires_grad()) return false;
@@ -101,7 +103,7 @@ class GroupReader {
     return no_error() && false;
   }
 
-  // Whether Python raised nothing; what it raised is dropped: the caller's slow road finds it again.
+  // Whether Python raised nothing; what it raised is dropped: the slow path raises it again.
   static bool no_error() {
     const bool is_fine = !PyErr_Occurred();
     PyErr_Clear();
@@ -110,12 +112,13 @@ class GroupReader {
 
   // numbers.Real: NumPy's scalars are of it.
   static PyObject* real_number() {
-    static PyObject* const type = py::object(py::module_::import("numbers").attr("Real")).release().ptr();
-    return type;
+    if (!real_number_) real_number_ = py::object(py::module_::import("numbers").attr("Real")).release().ptr();
+    return real_number_;
   }
+  static inline PyObject* real_number_ = nullptr;
 
   PyObject* group_;
-  const at::Tensor* lr_on_device_ = nullptr;
+  at::Tensor lr_on_device_;
 };
 
 }  // namespace fastopt

@@ -1,41 +1,27 @@
 #include "torch/update_batch.h"
 
 #include <ATen/ops/empty_strided.h>
-
-#include <algorithm>  // sort
+#include <c10/core/Allocator.h>
 
 #include "cpu/update.h"
 
 namespace fastopt {
 namespace {
 
-struct Interval {
-  const char* begin;
-  const char* end;
-};
+// How a tensor compares with its parameter.
+enum class Likeness { kOtherShape, kOtherLayout, kSame };
 
-Interval memory_of(const c10::TensorImpl* tensor) {
-  const char* begin = static_cast<const char*>(tensor->data());
-  return {begin, begin + tensor->numel() * tensor->itemsize()};
-}
-
-bool any_overlap(std::vector<Interval>& intervals) {
-  std::sort(intervals.begin(), intervals.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < intervals.size(); ++i) {
-    if (intervals[i].begin < intervals[i - 1].end) return true;
+Likeness likeness(const at::Tensor& tensor, const at::Tensor& param) {
+  const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
+  const at::IntArrayRef param_sizes = param.sizes(), param_strides = param.strides();
+  if (sizes.size() != param_sizes.size()) return Likeness::kOtherShape;
+  bool has_same_strides = true;
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != param_sizes[d]) return Likeness::kOtherShape;
+    has_same_strides &= strides[d] == param_strides[d];
   }
-  return false;
-}
-
-bool same_layout(const at::Tensor& a, const at::Tensor& b) {
-  return (a.is_contiguous() && b.is_contiguous()) || a.strides() == b.strides();
-}
-
-// A small open-addressing set of storages, sized to stay less than half full.
-size_t slot_of(const std::vector<const void*>& set, const void* key) {
-  size_t slot = (reinterpret_cast<uintptr_t>(key) >> 4) * 0x9e3779b97f4a7c15ull >> 20 & (set.size() - 1);
-  while (set[slot] != nullptr && set[slot] != key) slot = (slot + 1) & (set.size() - 1);
-  return slot;
+  const bool lies_alike = has_same_strides || (tensor.is_contiguous() && param.is_contiguous());
+  return lies_alike ? Likeness::kSame : Likeness::kOtherLayout;
 }
 
 }  // namespace
@@ -44,9 +30,10 @@ void UpdateBatch::clear() {
   slabs_.clear();
   places_.clear();
   rules_.clear();
-  written_.clear();
-  grad_impls_.clear();
   copies_.clear();
+  held_tensors_.clear();
+  held_storages_.clear();
+  overlap_.clear();
   numel_ = 0;
   why_not_ = "";
 }
@@ -55,7 +42,7 @@ size_t UpdateBatch::place_of(c10::Device device, Backend backend) {
   for (size_t i = 0; i < devices_.size(); ++i) {
     if (devices_[i].device == device && devices_[i].backend == backend) return i;
   }
-  devices_.push_back({device, backend, {}});
+  devices_.push_back({device, backend, c10::GetAllocator(device.type())->raw_deleter(), {}});
   return devices_.size() - 1;
 }
 
@@ -74,99 +61,88 @@ bool UpdateBatch::is_capturing() const {
 }
 
 void UpdateBatch::count_on_device(int64_t i, const at::Tensor& step) {
-  slabs_[i].step = step.mutable_data_ptr();
+  const int64_t n_bytes = static_cast<int64_t>(step.itemsize());
+  const Memory memory =
+      memory_of(step, n_bytes, n_bytes, devices_[places_[i]].own_deleter, /*is_written=*/true, "a step");
+  slabs_[i].step = memory.begin;
   slabs_[i].is_step_double = step.scalar_type() == at::kDouble;
-  written_.push_back(step.unsafeGetTensorImpl());
+  overlap_.add_written(memory, step.unsafeGetTensorImpl());
 }
 
 bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states) {
-  const auto dtype = dtype_of(param);
   const Backend backend = backend_of(param);
   const auto lies_with_param = [&](const at::Tensor& tensor) {
-    return backend_of(tensor) == backend && (backend == Backend::kCpu || tensor.device() == param.device());
+    if (backend == Backend::kCpu) return is_plain_cpu(tensor);
+    return backend_of(tensor) == backend && tensor.device() == param.device();
   };
   if (backend == Backend::kNone || param.is_inference()) return refuse("a parameter is not an ordinary tensor");
   if (!lies_with_param(grad)) return refuse("a gradient is not an ordinary tensor on its parameter's device");
+  const at::ScalarType type = param.scalar_type();
+  const auto dtype = dtype_of(type);
   if (!dtype) return refuse("a parameter's dtype has no kernel");
-  if (grad.scalar_type() != param.scalar_type()) return refuse("a gradient's dtype is not its parameter's");
-  if (grad.sizes() != param.sizes()) return refuse("a gradient's shape is not its parameter's");
+  if (grad.scalar_type() != type) return refuse("a gradient's dtype is not its parameter's");
+  const Likeness grad_likeness = likeness(grad, param);
+  if (grad_likeness == Likeness::kOtherShape) return refuse("a gradient's shape is not its parameter's");
   if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) return refuse("a parameter is not dense");
-
-  Slab slab{};
-  slab.numel = param.numel();
-  slab.dtype = slab.state_dtype = *dtype;
+  at::ScalarType state_type = type;
   for (int s = 0; s < n_states; ++s) {
     const at::Tensor& state = *states[s];
     if (!lies_with_param(state) || state.is_inference()) {
       return refuse("a state is not an ordinary tensor on its parameter's device");
     }
-    if (s == 0) slab.state_dtype = dtype_of(state).value_or(*dtype);
-    if (dtype_of(state) != slab.state_dtype) return refuse("a state's dtype is not its parameter's");
-    if (state.sizes() != param.sizes()) return refuse("a state's shape is not its parameter's");
-    if (!same_layout(state, param)) return refuse("a state's layout is not its parameter's");
-    slab.state[s] = state.mutable_data_ptr();
+    if (s == 0) state_type = state.scalar_type();
+    if (state.scalar_type() != state_type) return refuse("a state's dtype is not its parameter's");
+    const Likeness state_likeness = likeness(state, param);
+    if (state_likeness == Likeness::kOtherShape) return refuse("a state's shape is not its parameter's");
+    if (state_likeness == Likeness::kOtherLayout) return refuse("a state's layout is not its parameter's");
   }
-  if (slab.state_dtype != slab.dtype &&
-      (backend == Backend::kCpu || !cuda::has_update_kernel(slab.dtype, slab.state_dtype))) {
+  const auto state_dtype = state_type == type ? dtype : dtype_of(state_type);
+  if (state_dtype != dtype &&
+      (backend == Backend::kCpu || !state_dtype || !cuda::has_update_kernel(*dtype, *state_dtype))) {
     return refuse("a state's dtype is not its parameter's");
   }
+  if (devices_.empty() || devices_[place_].device != param.device() || devices_[place_].backend != backend) {
+    place_ = place_of(param.device(), backend);
+  }
+
+  const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
+  Slab& slab = slabs_.emplace_back();
+  slab.numel = param.numel();
+  slab.dtype = *dtype;
+  slab.state_dtype = *state_dtype;
+  const int64_t item_bytes = bytes_of(*dtype), state_item_bytes = bytes_of(*state_dtype);
   const at::Tensor* laid_out = &grad;
-  if (!same_layout(grad, param)) {
+  if (grad_likeness == Likeness::kOtherLayout) {
+    check_backed(grad, "a gradient");
     copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options().requires_grad(false)));
     copies_.back().copy_(grad.detach());
     laid_out = &copies_.back();
   }
-  slab.param = param.mutable_data_ptr();
-  slab.grad = laid_out->const_data_ptr();
-  slabs_.push_back(slab);
-  places_.push_back(static_cast<int16_t>(place_of(param.device(), backend)));
-  grad_impls_.push_back(laid_out->unsafeGetTensorImpl());
-  written_.push_back(param.unsafeGetTensorImpl());
-  for (int s = 0; s < n_states; ++s) written_.push_back(states[s]->unsafeGetTensorImpl());
+  const Memory read =
+      memory_of(*laid_out, slab.numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
+  overlap_.add_read(read, laid_out->unsafeGetTensorImpl());
+  slab.grad = read.begin;
+  const auto write = [&](const at::Tensor& tensor, int64_t bytes, const char* name) {
+    const Memory memory = memory_of(tensor, slab.numel * bytes, bytes, own_deleter, /*is_written=*/true, name);
+    overlap_.add_written(memory, tensor.unsafeGetTensorImpl());
+    return memory.begin;
+  };
+  slab.param = write(param, item_bytes, "a parameter");
+  for (int s = 0; s < n_states; ++s) slab.state[s] = write(*states[s], state_item_bytes, "a state");
+  places_.push_back(static_cast<int16_t>(place_));
   numel_ += slab.numel;
   return true;
 }
 
-bool UpdateBatch::has_overlap() {
-  uint64_t fingerprint = written_.size();
-  for (const Slab& slab : slabs_) {
-    fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(slab.param)) * 0x9e3779b97f4a7c15ull;
-    for (const void* state : slab.state)
-      fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(state)) * 0x9e3779b97f4a7c15ull;
-    fingerprint = (fingerprint ^ reinterpret_cast<uintptr_t>(slab.step)) * 0x9e3779b97f4a7c15ull;
-    fingerprint = (fingerprint ^ static_cast<uint64_t>(slab.numel)) * 0x9e3779b97f4a7c15ull;
-    fingerprint ^= fingerprint >> 29;
+void UpdateBatch::hold() {
+  const auto hold_tensor = [&](c10::TensorImpl* tensor) {
+    held_tensors_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
+  };
+  for (const auto& [memory, tensor] : overlap_.written()) {
+    hold_tensor(tensor);
+    held_storages_.push_back(tensor->storage());
   }
-  if (fingerprint != checked_fingerprint_) {
-    std::vector<Interval> intervals;
-    size_t capacity = 16;
-    while (capacity < 2 * written_.size()) capacity *= 2;
-    storages_.assign(capacity, nullptr);
-    for (const c10::TensorImpl* tensor : written_) {
-      if (tensor->numel() == 0) continue;
-      intervals.push_back(memory_of(tensor));
-      const void* storage = tensor->storage().unsafeGetStorageImpl();
-      storages_[slot_of(storages_, storage)] = storage;
-    }
-    checked_overlap_ = any_overlap(intervals);
-    checked_fingerprint_ = fingerprint;
-  }
-  if (checked_overlap_) return true;
-
-  // A gradient in a storage of its own overlaps nothing.
-  bool shares_storage = false;
-  for (const c10::TensorImpl* grad : grad_impls_) {
-    shares_storage |= storages_[slot_of(storages_, grad->storage().unsafeGetStorageImpl())] != nullptr;
-  }
-  if (!shares_storage) return false;
-  for (const c10::TensorImpl* grad : grad_impls_) {
-    const Interval read = memory_of(grad);
-    for (const c10::TensorImpl* tensor : written_) {
-      const Interval write = memory_of(tensor);
-      if (read.begin < write.end && write.begin < read.end) return true;
-    }
-  }
-  return false;
+  for (const auto& [memory, tensor, held] : overlap_.reads()) hold_tensor(tensor);
 }
 
 int32_t UpdateBatch::add_rule(const RuleValue& rule) {
@@ -192,9 +168,9 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
     cpu::update(on_cpu.data(), static_cast<int64_t>(on_cpu.size()), rules_.data(), torch_threads());
     ++kernel_calls().cuda;
   }
-  for (c10::TensorImpl* tensor : written_) tensor->bump_version();
+  for (const auto& [memory, tensor] : overlap_.written()) tensor->bump_version();
   if (grad_scale) {
-    for (c10::TensorImpl* tensor : grad_impls_) tensor->bump_version();
+    for (const auto& [memory, tensor, held] : overlap_.reads()) tensor->bump_version();
   }
   ++kernel_calls().update;
 }

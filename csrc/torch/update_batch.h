@@ -3,11 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <string>
 #include <vector>
 
 #include "rules/rules.h"
 #include "torch/context.h"
+#include "torch/memory_overlap.h"
 #include "torch/update_cuda.h"
 
 namespace fastopt {
@@ -17,7 +17,9 @@ class UpdateBatch {
   void clear();
 
   // Takes a parameter, its gradient and states if a kernel can update them; else returns false, and why_not() tells.
-  // The rule is given when all tensors are taken: set_rule(index of the tensor, rule).
+  // The rule is given when all tensors are taken: set_rule(index of the tensor, rule). Keeps the gradient, which
+  // autograd may replace without the interpreter lock; the others live as long as they are where the caller found them.
+  // Raises RuntimeError if the memory of one has been freed.
   bool add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states);
   int64_t size() const { return static_cast<int64_t>(slabs_.size()); }
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
@@ -30,7 +32,11 @@ class UpdateBatch {
   bool counts_on_device(int64_t i) const { return slabs_[i].step != nullptr; }
 
   // Whether tensors that would be written share memory with each other or with a gradient.
-  bool has_overlap();
+  bool has_overlap() { return overlap_.is_found(); }
+
+  // Keeps all tensors and their memory alive until clear(): for a run without the interpreter lock, while which other
+  // threads may replace or remove them.
+  void hold();
 
   int32_t add_rule(const RuleValue& rule);
   void set_rule(int64_t i, int32_t rule) { slabs_[i].rule = rule; }
@@ -47,6 +53,7 @@ class UpdateBatch {
   struct Place {
     c10::Device device;
     Backend backend;
+    c10::DeleterFnPtr own_deleter;  // of memory that torch's allocator for the device has made
     CudaUpdater updater;
   };
 
@@ -61,17 +68,15 @@ class UpdateBatch {
   std::vector<Slab> slabs_;
   std::vector<int16_t> places_;  // of slabs_, indices into devices_
   std::vector<Place> devices_;   // all that were ever met
+  size_t place_ = 0;             // of the last tensor taken
   std::vector<RuleValue> rules_;
-  std::vector<c10::TensorImpl*> written_;     // the parameters and states of slabs_
-  std::vector<c10::TensorImpl*> grad_impls_;  // one for each slab
-  std::vector<at::Tensor> copies_;            // gradients brought into their parameter's layout
+  std::vector<at::Tensor> copies_;  // gradients brought into their parameter's layout
+  std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_tensors_;
+  std::vector<c10::Storage> held_storages_;
+  // Writes the parameters and states of slabs_, and step counts on a GPU; reads the gradients.
+  MemoryOverlap overlap_;
   int64_t numel_ = 0;
   const char* why_not_ = "";
-
-  // The last set of written memory found free of overlap, and its storages; most steps write the same memory.
-  uint64_t checked_fingerprint_ = 0;
-  bool checked_overlap_ = false;
-  std::vector<const void*> storages_;
 };
 
 }  // namespace fastopt

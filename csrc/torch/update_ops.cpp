@@ -56,7 +56,9 @@ void update(at::TensorList params, at::TensorList grads, std::initializer_list<a
     } else if (Family::kHasStep) {
       step.count = steps[i].add_(1).item().toDouble();
     }
-    batch.set_rule(i, batch.add_rule(Family::rule(batch.dtype(i), options, step)));
+    const auto rule = Family::rule(batch.dtype(i), options, step);
+    TORCH_CHECK(rule, "value cannot be converted to type float without overflow");  // as torch says it
+    batch.set_rule(i, batch.add_rule(*rule));
   }
   batch.run();
 }

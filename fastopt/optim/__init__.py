@@ -1,8 +1,13 @@
 """Fused optimizers: subclasses of their namesakes in :mod:`torch.optim`, with the same arguments and state."""
 
+import torch
+
 from .adam import Adam
 from .adamw import AdamW
+from .functional import register
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+
+register([(cls, getattr(torch.optim, cls.__name__)) for cls in (SGD, Adam, AdamW, RMSprop)])

@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, without_hooks
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -39,6 +39,8 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _plan_name = "AdamPlan"
+    _torch_step_function = without_hooks(torch.optim.Adam.step)
+    _torch_init_group = torch.optim.Adam._init_group
     _option_names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
 
     def _init_lists(self, group):
@@ -46,9 +48,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         return params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
 
-    def _agree(self, options, lists):
+    def _all_tensors_match(self, options, lists):
         # Otherwise a bias correction may be 0 or have no root.
-        return all(0 <= beta < 1 for beta in options["betas"]) and super()._agree(options, lists)
+        return all(0 <= beta < 1 for beta in options["betas"]) and super()._all_tensors_match(options, lists)
 
     def _reference_step(self, options, *tensors):
         beta1, beta2 = options.pop("betas")

@@ -1,29 +1,8 @@
 """Steps that happen as a whole or not at all."""
 
 import contextlib
-import signal
-import threading
 
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Ctrl-C waits for the end of the block: an update in many small pieces is never left halfway."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    waiting = []
-    try:
-        signal.signal(signal.SIGINT, lambda *arguments: waiting.append(arguments))
-    except ValueError:  # not the main interpreter: it never sees Ctrl-C
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if waiting:
-            handler(*waiting[-1])
+import torch
 
 
 @contextlib.contextmanager
@@ -45,12 +24,13 @@ def state_as_it_was(optimizer):
 @contextlib.contextmanager
 def values_as_they_were(tensors):
     """A failure takes back what the block wrote into the tensors; under ``torch.no_grad``."""
-    tensors = [t for t in tensors if not t.is_meta and not t.is_inference()]
-    before = [(t, t._version, t.detach().clone()) for t in tensors]
+    is_inference = torch.is_inference_mode_enabled()  # which counts no versions, and alone writes inference tensors
+    tensors = [t for t in tensors if not t.is_meta and (is_inference or not t.is_inference())]
+    before = [(t, None if is_inference else t._version, t.detach().clone()) for t in tensors]
     try:
         yield
     except BaseException:
         for tensor, version, values in before:
-            if tensor._version != version:
+            if version is None or tensor._version != version:
                 tensor.copy_(values)
         raise

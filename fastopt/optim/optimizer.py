@@ -1,66 +1,59 @@
 """What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
 
 import abc
+import copyreg
 import functools
+import math
 import numbers
 
 import torch
 from torch.compiler import is_compiling
-from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
-from .atomic import state_as_it_was, uninterrupted, values_as_they_were
+from .atomic import state_as_it_was, values_as_they_were
+from .hooks import with_hooks_if_any, wrap_step_of
+from .ordinary import (
+    check_backed,
+    has_ordinary_containers,
+    has_torchs_init_group,
+    is_count,
+    is_free_of_modes,
+    is_like,
+    is_ordinary_class,
+    is_ordinary_tensor,
+)
 from .shards import shards_of
 
 _FLAGS = {"amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov"}
 
 
-def _with_hooks_if_any(step):
-    """torch wraps every step for hooks and profiling, at a cost of microseconds; this, only where there are any."""
-    step_with_hooks = Optimizer.profile_hook_step(step)
-
-    @functools.wraps(step)
-    def call(self, *args, **kwargs):
-        needs_hooks = (
-            is_compiling()
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or torch_optimizer._global_optimizer_pre_hooks
-            or torch_optimizer._global_optimizer_post_hooks
-            or torch.autograd._profiler_enabled()
-        )
-        # A subclass's own step is wrapped by torch, and its hooks have run when it calls this one.
-        if needs_hooks and type(self).step is call:
-            return step_with_hooks(self, *args, **kwargs)
-        return step(self, *args, **kwargs) if args or kwargs else step(self)  # unpacking nothing costs 100 ns
-
-    call.hooked = True  # for torch, which would wrap it once more
-    return call
-
-
 class FusedOptimizer(Optimizer):
-    """Mixed in before a torch optimizer, it replaces ``step``, and ``zero_grad`` where nobody looks.
+    """Mixed in before a torch optimizer, it replaces ``step``, and ``zero_grad`` while no profiler is active.
 
-    A step takes the first of these roads that is open to it; all have the same meaning:
+    A step takes the first of these paths that is open to it; all have the same meaning:
 
     1. the kernels: dense tensors of float64, float32, bfloat16 or float16 on the CPU or a CUDA device;
     2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
-       without kernels for it, while ``torch.compile`` traces, and under dispatch modes and functorch transforms.
+       without kernels for it, an ``_init_group`` or containers that a subclass has made its own, while
+       ``torch.compile`` traces, under modes and functorch transforms, and in forward-mode differentiation.
 
-    DTensor parameters take these roads with their local shards, see :mod:`fastopt.optim.shards`.
-    A step that fails changes nothing, on the first two roads and on torch's for dense tensors on the CPU; Ctrl-C waits.
-    A subclass names its plan (a class of the extension module) and its hyper-parameters, and calls its reference.
+    DTensor parameters take these paths with their local shards, see :mod:`fastopt.optim.shards`.
+    A step that fails changes nothing, on the first two paths and on torch's for dense tensors on the CPU. In the
+    kernels, Ctrl-C waits for its end.
+    A subclass names its plan (a class of the extension module) and its hyper-parameters, has the functions of torch's
+    class as they were when it was imported, and calls its reference.
     """
 
     _plan_name = None
+    _torch_step_function = None
+    _torch_init_group = None
     _option_names = ()
     _counts_steps = True
     _plan = None
 
-    @_with_hooks_if_any
     def step(self, closure=None):
         """Perform a single optimization step.
 
@@ -79,8 +72,7 @@ class FusedOptimizer(Optimizer):
         self._update()
         return loss
 
-    @functools.wraps(Optimizer.zero_grad, updated=())  # for its documentation, and its name in a TypeError
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         # torch marks a range for profiles always, which takes longer than the rest; here only while there is one.
         if not set_to_none or is_compiling() or torch.autograd._profiler_enabled():
             super().zero_grad(set_to_none)
@@ -88,6 +80,10 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
+
+    def _patch_step_function(self):
+        wrap_step_of(type(self))
+        super()._patch_step_function()  # finds the step wrapped
 
     def _update(self):
         if not self._update_natively():
@@ -99,30 +95,28 @@ class FusedOptimizer(Optimizer):
             library = _native.module()
             if library is None:
                 return False
-            plan = self._plan = getattr(library, self._plan_name)()
-        if "found_inf" in self.__dict__ or "grad_scale" in self.__dict__:
-            return self._step_scaled(plan)
-        return plan.step(self.param_groups, self.state)
-
-    def _step_scaled(self, plan):
-        """The step with what a ``GradScaler`` leaves to an optimizer made with ``fused=True``."""
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return plan.step(self.param_groups, self.state, *scaling)
+            plan_class = getattr(library, self._plan_name)
+            copyreg.pickle(plan_class, _no_plan)
+            init_group = type(self)._torch_init_group
+            plan = self._plan = plan_class(functools.partial(is_ordinary_class, init_group=init_group))
+        return plan.step(self)
 
     @torch.no_grad()
     def _update_otherwise(self):
         """First steps, whose state must be made, and all that the kernels refuse."""
+        if not (is_free_of_modes() and has_torchs_init_group(self, type(self)._torch_init_group)):
+            self._torch_step()
+            return
         shards = shards_of(self)
         if shards is not None:
             shards.step()
             return
         devices = self._devices()
-        with uninterrupted():
-            if devices is None or ("cuda" in devices and not _native.cuda()):
-                self._torch_step()
-            else:
-                with state_as_it_was(self):
-                    self._update_ordinary_tensors("cuda" in devices)
+        if devices is None or ("cuda" in devices and not _native.cuda()):
+            self._torch_step()
+        else:
+            with state_as_it_was(self):
+                self._update_ordinary_tensors("cuda" in devices)
 
     def _update_ordinary_tensors(self, on_cuda):
         # All that can fail comes before the first tensor is written.
@@ -132,29 +126,22 @@ class FusedOptimizer(Optimizer):
         lists = [self._init_lists(group) for group in self.param_groups]
         if not on_cuda:
             self._unscale()
-        if self._plan is not None and self._step_again(on_cuda):
+        if self._plan is not None and self._plan.step(self, reads_scaling=on_cuda):
             return
-        if on_cuda:
+        if on_cuda or not has_ordinary_containers(self):
             self._torch_step()
-        elif not all(map(self._agree, options, lists)):
-            self._let_torch_judge(is_fused=False)  # its fused kernels look at neither shapes nor layouts
+        elif not all(map(self._all_tensors_match, options, lists)):
+            self._torch_step_or_rollback(is_fused=False)  # its fused kernels look at neither shapes nor layouts
         elif any(group.get("capturable") for group in self.param_groups):
-            self._let_torch_judge(is_fused=True)
+            self._torch_step_or_rollback(is_fused=True)
         elif not all(_is_for_reference(tensor) for params, grads, *_ in lists for tensor in (*params, *grads)):
             self._torch_step()
         else:
             for group, tensors in zip(options, lists, strict=True):
                 self._reference_step(group, *tensors)
 
-    def _step_again(self, on_cuda):
-        if on_cuda:
-            return self._step_scaled(self._plan)
-        return self._plan.step(self.param_groups, self.state)
-
     def _devices(self):
         """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
-        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
-            return None  # a dispatch mode or a functorch transform must see each call
         devices = set()
         for group in self.param_groups:
             for param in group["params"]:
@@ -162,10 +149,11 @@ class FusedOptimizer(Optimizer):
                 if grad is None:
                     continue
                 for tensor in (param, grad):
-                    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or group.get("differentiable"):
+                    if not is_ordinary_tensor(tensor) or group.get("differentiable"):
                         return None
                     if tensor.is_cuda and (tensor.layout != torch.strided or tensor.dtype not in KERNEL_DTYPES):
                         return None
+                    check_backed(tensor)
                     devices.add(tensor.device.type)
         return devices if devices <= {"cpu", "cuda"} else None
 
@@ -191,7 +179,7 @@ class FusedOptimizer(Optimizer):
             for grad in grads:
                 grad.div_(grad_scale)
 
-    def _let_torch_judge(self, is_fused):
+    def _torch_step_or_rollback(self, is_fused):
         """torch's own step, of gradients that are unscaled; in its loop over tensors where ``fused`` may not stay."""
         fused = [(group, group["fused"]) for group in self.param_groups if group.get("fused") and not is_fused]
         scaling = {name: self.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in self.__dict__}
@@ -205,14 +193,18 @@ class FusedOptimizer(Optimizer):
             for group, value in fused:
                 group["fused"] = value
 
-    def _agree(self, options, lists):
-        """Whether nothing in a group's lists is for torch to judge: each tensor is like its parameter, steps count."""
+    def _all_tensors_match(self, options, lists):
+        """Whether a group is for the reference: tensors are like their parameters, steps count, numbers fit."""
         params, grads, *states = lists
         steps = states.pop() if self._counts_steps else []
-        return all(map(_is_count, steps)) and all(
-            _is_like(tensor, param) or self._may_be(tensor, grad, options)
-            for tensors in (params, grads, *states)
-            for param, grad, tensor in zip(params, grads, tensors, strict=False)
+        return (
+            all(map(is_count, steps))
+            and (_fits_float32(options) or all(param.dtype == torch.float64 for param in params))
+            and all(
+                is_like(tensor, param) or self._may_be(tensor, grad, options)
+                for tensors in (params, grads, *states)
+                for param, grad, tensor in zip(params, grads, tensors, strict=False)
+            )
         )
 
     def _may_be(self, tensor, grad, options):
@@ -221,14 +213,7 @@ class FusedOptimizer(Optimizer):
 
     def _torch_step(self, closure=None):
         """torch's own step, without the hooks that its class may have been wrapped with."""
-        step = self._torch_class.step
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__
-        return step(self, closure)
-
-    @property
-    def _torch_class(self):
-        return next(cls for cls in type(self).__mro__ if cls.__module__.startswith("torch.optim"))
+        return self._torch_step_function(closure)
 
     @abc.abstractmethod
     def _init_lists(self, group):
@@ -237,6 +222,24 @@ class FusedOptimizer(Optimizer):
     @abc.abstractmethod
     def _reference_step(self, options, *tensors):
         """Update lists of tensors by plain torch."""
+
+
+# Not by decorators, behind which type checkers see no methods.
+FusedOptimizer.step = with_hooks_if_any(FusedOptimizer.step)
+FusedOptimizer.zero_grad.__doc__ = Optimizer.zero_grad.__doc__
+FusedOptimizer.zero_grad.__qualname__ = Optimizer.zero_grad.__qualname__  # its name in a TypeError
+
+
+def without_hooks(step):
+    """The function that torch has wrapped with hooks, if it has."""
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
+
+
+def _no_plan(plan):
+    """How a plan is copied and pickled: as None, for another is made with the next step."""
+    return type(None), ()
 
 
 def _dense_tensors(optimizer):
@@ -250,32 +253,14 @@ def _dense_tensors(optimizer):
     return tensors
 
 
-def _is_like(tensor, param):
-    """Whether a parameter's own tensor, gradient or state can be computed with, element by element."""
-    return (
-        isinstance(tensor, torch.Tensor)
-        and tensor.shape == param.shape
-        and tensor.dtype == param.dtype
-        and (tensor.dtype in KERNEL_DTYPES or (tensor.is_complex() and not tensor.is_conj()))
-        and tensor.device == param.device
-        and tensor.layout == torch.strided
-        and torch._debug_has_internal_overlap(tensor) != 1
-    )
-
-
-def _is_count(step):
-    return (
-        isinstance(step, torch.Tensor)
-        and step.is_cpu
-        and step.layout == torch.strided
-        and step.numel() == 1
-        and step.is_floating_point()
-        and step.item() >= 0
-    )
-
-
 def _is_for_reference(tensor):
     return tensor.dtype in KERNEL_DTYPES and tensor.layout == torch.strided
+
+
+def _fits_float32(options):
+    """Whether no finite number is so large that float32, or a product of it with a bias correction, is not."""
+    numbers_ = [n for value in options.values() for n in (value if isinstance(value, tuple) else (value,))]
+    return all(abs(number) < 1e30 or not math.isfinite(number) for number in numbers_)
 
 
 def _option(name, value):

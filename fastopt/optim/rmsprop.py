@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, without_hooks
 
 
 class RMSprop(FusedOptimizer, torch.optim.RMSprop):
@@ -39,6 +39,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _plan_name = "RmsPropPlan"
+    _torch_step_function = without_hooks(torch.optim.RMSprop.step)
+    _torch_init_group = torch.optim.RMSprop._init_group
     _option_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
 
     def _init_lists(self, group):

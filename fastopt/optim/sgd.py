@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from .optimizer import FusedOptimizer
+from .optimizer import FusedOptimizer, without_hooks
 
 
 class SGD(FusedOptimizer, torch.optim.SGD):
@@ -35,6 +35,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _plan_name = "SgdPlan"
+    _torch_step_function = without_hooks(torch.optim.SGD.step)
+    _torch_init_group = torch.optim.SGD._init_group
     _option_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
     _counts_steps = False
 

@@ -1,0 +1,96 @@
+// The memory of a step's tensors, and whether what is written overlaps with itself or with the gradients that are read.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <span>
+#include <vector>
+
+#include "torch/context.h"
+
+namespace fastopt {
+
+// Memory of a tensor whose elements lie side by side.
+struct Memory {
+  char* begin;
+  char* end;
+  const void* storage;
+  bool is_own;  // made by torch's allocator, so that no other storage holds it
+};
+
+// `own_deleter`: that of torch's allocator for the tensor's device. Memory that is shared until one of several tensors
+// is written (lazy clones) becomes the tensor's own if it is to be written. Raises RuntimeError if the storage does not
+// hold all elements.
+inline Memory memory_of(const at::Tensor& tensor, int64_t n_bytes, int64_t item_bytes, c10::DeleterFnPtr own_deleter,
+                        bool is_written, const char* name) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const int64_t offset = impl->storage_offset() * item_bytes;
+  if (offset + n_bytes > static_cast<int64_t>(storage->nbytes()) && n_bytes > 0) check_backed(tensor, name);
+  const bool is_own = storage->data_ptr().get_deleter() == own_deleter;
+  char* data = nullptr;
+  if (is_own) {
+    data = static_cast<char*>(storage->data_ptr().get()) + offset;
+  } else {
+    data = static_cast<char*>(is_written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr()));
+  }
+  return {data, data + n_bytes, storage, is_own};
+}
+
+// Compares addresses, for two storages may be views of the same memory (torch.from_numpy twice, DLPack). Most steps
+// write the same memory as the step before, so what was found is kept until an address, a size or a storage differs.
+class MemoryOverlap {
+ public:
+  struct Written {
+    Memory memory;
+    c10::TensorImpl* tensor;
+  };
+  struct Read {
+    Memory memory;
+    c10::TensorImpl* tensor;
+    c10::Storage held;  // the memory
+  };
+
+  void clear() {
+    next_ = written_.data();
+    reads_.clear();
+  }
+  void add_written(const Memory& memory, c10::TensorImpl* tensor) {
+    if (next_ == end_) grow();
+    next_->tensor = tensor;
+    Memory& last = next_++->memory;
+    if (last.begin == memory.begin && last.end == memory.end && last.storage == memory.storage &&
+        last.is_own == memory.is_own) {
+      return;
+    }
+    last = memory;
+    is_checked_ = false;
+  }
+  void add_read(const Memory& memory, c10::TensorImpl* tensor) {
+    reads_.push_back({memory, tensor, tensor->unsafe_storage()});
+  }
+
+  std::span<const Written> written() const { return {written_.data(), static_cast<size_t>(next_ - written_.data())}; }
+  const std::vector<Read>& reads() const { return reads_; }
+  bool is_found();
+
+ private:
+  void grow();
+  void check_written();
+  bool is_written(const Memory& read) const;
+
+  std::vector<Written> written_;  // those of the last step, which this step's replace up to next_
+  Written* next_ = nullptr;
+  Written* end_ = nullptr;
+  std::vector<Read> reads_;
+
+  // The last check of what is written, and what it found.
+  bool is_checked_ = false;
+  size_t n_checked_ = 0;
+  bool has_overlap_ = false;
+  bool is_all_own_ = true;
+  std::vector<Memory> sorted_;         // by address
+  std::vector<const void*> storages_;  // open addressing, less than half full
+};
+
+}  // namespace fastopt

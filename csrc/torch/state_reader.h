@@ -1,0 +1,61 @@
+// Reads optimizer.state and each parameter's own state. Borrowed references; no Python code runs.
+#pragma once
+
+#include <vector>
+
+#include "torch/group_reader.h"
+#include "torch/ordinary.h"
+
+namespace fastopt {
+
+// The items of optimizer.state in its order. Hashing a tensor calls back into Python; walking the dict does not.
+class StateWalk {
+ public:
+  void read(PyObject* state) {
+    items_.clear();
+    Py_ssize_t position = 0;
+    PyObject *key, *value;
+    while (PyDict_Next(state, &position, &key, &value)) items_.push_back({key, value});
+  }
+
+  // The state of a parameter, or null. `guess` is where it was last time.
+  PyObject* find(PyObject* param, size_t& guess) const {
+    if (guess < items_.size() && items_[guess].key == param) return items_[guess].value;
+    for (guess = 0; guess < items_.size(); ++guess) {
+      if (items_[guess].key == param) return items_[guess].value;
+    }
+    return nullptr;
+  }
+
+ private:
+  struct Item {
+    PyObject* key;
+    PyObject* value;
+  };
+  std::vector<Item> items_;
+};
+
+// What a parameter's state has by that name, or null. States made by torch have interned keys, so pointers are compared
+// first.
+inline PyObject* find_item(PyObject* own_state, const char* name) {
+  if (!own_state) return nullptr;
+  PyObject* const wanted = interned(name);
+  Py_ssize_t position = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(own_state, &position, &key, &value)) {
+    if (key == wanted) return value;
+  }
+  position = 0;
+  while (PyDict_Next(own_state, &position, &key, &value)) {
+    if (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, wanted) == 0) return value;
+  }
+  return nullptr;
+}
+
+// The same, if it is an ordinary tensor.
+inline const at::Tensor* find_tensor(PyObject* own_state, const char* name) {
+  PyObject* const found = find_item(own_state, name);
+  return found && THPVariable_Check(found) && is_ordinary_tensor(found) ? &THPVariable_Unpack(found) : nullptr;
+}
+
+}  // namespace fastopt
