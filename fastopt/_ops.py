@@ -25,8 +25,14 @@ class Operator:
         return self.schema.split("(")[0]
 
 
+def _reduction_name(reduction):
+    if reduction not in range(len(_REDUCTIONS)):
+        raise ValueError(f"reduction must be 0 (none), 1 (mean) or 2 (sum), got {reduction}")
+    return _REDUCTIONS[reduction]
+
+
 def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
-    return reference.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    return reference.cross_entropy(input, target, weight, _reduction_name(reduction), ignore_index, label_smoothing)
 
 
 def _cross_entropy_forward(
@@ -35,7 +41,7 @@ def _cross_entropy_forward(
     loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     if not wants_grad:
         return loss, input.new_empty(0)
-    options = (weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    options = (weight, _reduction_name(reduction), ignore_index, label_smoothing)
     return loss, reference.cross_entropy_gradient(input, target, *options).to(_grad_dtype(input))
 
 
@@ -56,6 +62,20 @@ def _cross_entropy_backward(grad_output, grad, input):
     if grad_output.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
     return (grad * grad_output.to(grad.dtype)).to(input.dtype)
+
+
+def _update(name):
+    """The reference of an optimizer's operator, which refuses what the kernels refuse."""
+    update = getattr(reference, name)
+
+    def call(params, *lists, **options):
+        if torch.is_grad_enabled() and any(param.requires_grad for param in params):
+            raise RuntimeError(
+                f"fastopt::{name}: a param that requires grad is updated in place; call it under torch.no_grad()"
+            )
+        update(params, *lists, **options)
+
+    return call
 
 
 _CROSS_ENTROPY = (
@@ -79,14 +99,14 @@ OPERATORS = (
         "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, float lr, float momentum=0, "
         "float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
         "bool is_first_step=False) -> ()",
-        reference.sgd_,
+        _update("sgd_"),
         lambda *args, **kwargs: None,
     ),
     Operator(
         "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] momentum_buffers, "
         "Tensor(d!)[] grad_avgs, Tensor(e!)[] state_steps, *, float lr, float alpha=0.99, float eps=1e-08, "
         "float weight_decay=0, float momentum=0, bool centered=False, bool maximize=False) -> ()",
-        reference.rmsprop_,
+        _update("rmsprop_"),
         lambda *args, **kwargs: None,
     ),
     Operator(
@@ -94,7 +114,7 @@ OPERATORS = (
         "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1=0.9, float beta2=0.999, "
         "float eps=1e-08, float weight_decay=0, bool amsgrad=False, bool maximize=False, "
         "bool decoupled_weight_decay=False) -> ()",
-        reference.adam_,
+        _update("adam_"),
         lambda *args, **kwargs: None,
     ),
 )

@@ -7,7 +7,10 @@ and are rounded once, as in the kernels.
 import math
 
 import torch
-import torch.nn.functional as F
+from torch.nn import _reduction
+
+# torch's own loss below torch.nn.functional.cross_entropy, which others replace, by fastopt's for one.
+torch_cross_entropy = torch._C._nn.cross_entropy_loss
 
 KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,7 +137,7 @@ def adam_(
         state_steps[i].add_(1)
         step = state_steps[i].item()
         bias_correction2_sqrt = math.sqrt(1 - beta2**step)
-        step_size = lr * bias_correction2_sqrt / (1 - beta1**step)
+        step_size = lr / (1 - beta1**step)
 
         @_updated
         def update(param, grad, exp_avg, exp_avg_sq, *states, step_size=step_size, scale=bias_correction2_sqrt):
@@ -145,7 +148,7 @@ def adam_(
             exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             if amsgrad:
                 torch.maximum(states[0], exp_avg_sq, out=states[0])
-            denominator = (states[0] if amsgrad else exp_avg_sq).sqrt().add_(eps * scale)
+            denominator = (states[0] if amsgrad else exp_avg_sq).sqrt().div_(scale).add_(eps)
             param.addcdiv_(exp_avg, denominator, value=-step_size)
 
         update(param, grads[i], exp_avgs[i], exp_avg_sqs[i], *([max_exp_avg_sqs[i]] if amsgrad else []))
@@ -153,15 +156,15 @@ def adam_(
 
 def cross_entropy(input, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0):
     """Cross-entropy, see :func:`fastopt.functional.cross_entropy`; 16-bit logits compute in float32."""
-    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options = (_reduction.get_enum(reduction), ignore_index, label_smoothing)
     is_half = input.dtype in (torch.bfloat16, torch.float16)
     if not is_half or not isinstance(target, torch.Tensor) or torch.is_autocast_enabled(input.device.type):
-        return F.cross_entropy(input, target, weight, **options)
+        return torch_cross_entropy(input, target, weight, *options)
     if weight is not None and weight.dtype != input.dtype or target.is_floating_point() and target.dtype != input.dtype:
-        return F.cross_entropy(input, target, weight, **options)  # for torch to raise, or not
+        return torch_cross_entropy(input, target, weight, *options)  # for torch to raise, or not
     target = target.float() if target.is_floating_point() and target.shape == input.shape else target
     weight = weight.float() if weight is not None else None
-    return F.cross_entropy(input.float(), target, weight, **options).to(input.dtype)
+    return torch_cross_entropy(input.float(), target, weight, *options).to(input.dtype)
 
 
 def cross_entropy_gradient(input, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0):

@@ -5,7 +5,9 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
 #include "torch/context.h"
@@ -18,11 +20,17 @@ namespace {
 
 // --- The operators' kernels ----------------------------------------------------------------------------------------
 
+void check_reduction(int64_t reduction) {
+  TORCH_CHECK_VALUE(at::Reduction::None <= reduction && reduction <= at::Reduction::Sum,
+                    "reduction must be 0 (none), 1 (mean) or 2 (sum), got ", reduction);
+}
+
 GradientMemory memory_for(bool wants_grad) { return wants_grad ? GradientMemory::kFresh : GradientMemory::kNone; }
 
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const at::Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                   double label_smoothing, bool wants_grad) {
+  check_reduction(reduction);
   auto [loss, grad] = cross_entropy_kernel(
       {input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, memory_for(wants_grad));
   if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
@@ -45,30 +53,36 @@ at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target,
 }
 
 // Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
-bool needs_composite(const at::Tensor& input) {
+bool needs_composite(const CrossEntropyArguments& a) {
+  const auto has_tangent = [](const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); };
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
-         input._fw_grad(/*level=*/0).defined();
+         (is_forward_mode_on() &&
+          (has_tangent(a.input) || has_tangent(a.target) || (a.weight && has_tangent(*a.weight))));
 }
 
-// In-place work on memory that autograd or others do not expect to change raises what torch raises of it.
-void check_may_overwrite(const at::Tensor& input) {
-  torch::autograd::check_inplace(input, /*requires_grad=*/true);
-  at::assert_no_internal_overlap(input);
+// Whether the gradient may go over the logits. In-place work on memory that autograd or others do not expect to change
+// raises what torch raises of it. False where elements of the logits may share memory, and where the loss reads the
+// same memory as something else: what is overwritten first would be read afterwards.
+bool may_overwrite(const CrossEntropyArguments& a) {
+  torch::autograd::check_inplace(a.input, /*requires_grad=*/true);
+  at::assert_no_internal_overlap(a.input);
+  const auto is_apart = [&](const at::Tensor& other) { return !may_share_memory(a.input, other); };
+  return !may_overlap_itself(a.input) && is_apart(a.target) && (!a.weight || is_apart(*a.weight));
 }
 
 at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                           int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place) {
+  check_reduction(reduction);
   const bool is_plain = backend_of(input) != Backend::kNone && is_quiet();
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
                                         label_smoothing};
   // A traced tensor has no memory to look at; the kernel looks again when its program runs.
-  if (needs_composite(input) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
+  if (needs_composite(arguments) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
     return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
   }
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
-  is_in_place &= wants_grad && is_plain;
-  if (is_in_place) check_may_overwrite(input);
+  is_in_place = is_in_place && wants_grad && is_plain && may_overwrite(arguments);
   at::Tensor loss, grad, totals;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -91,6 +105,7 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 
 at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  check_reduction(reduction);
   const CrossEntropyArguments arguments{
       input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing};
   if (!kernel_takes(arguments)) {
@@ -99,33 +114,92 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
   return std::get<0>(cross_entropy_kernel(arguments, GradientMemory::kNone));
 }
 
-// The eager door: ordinary tensors skip the dispatcher; whatever else is about goes through it, a profiler too.
+// Under autocast losses compute in float32, as torch's does. Calls f with the arguments as they are then.
+template <class F>
+at::Tensor with_autocast(at::DeviceType device, const at::Tensor& input, const at::Tensor& target,
+                         const OptionalTensor& weight, F&& f) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(device == at::kCPU ? c10::DispatchKey::AutocastCPU
+                                                                    : c10::DispatchKey::AutocastCUDA);
+  const auto widened = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
+  return f(widened(input), widened(target), pointer_to(weight) ? OptionalTensor(widened(*weight)) : std::nullopt);
+}
+
+template <c10::DeviceType kDevice>
+at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+  return with_autocast(kDevice, input, target, weight,
+                       [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w) {
+                         return call_cross_entropy(x, t, w, reduction, ignore_index, label_smoothing);
+                       });
+}
+
+// The eager fast path: ordinary tensors skip the dispatcher. Everything else is dispatched, and all while profiled.
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
   const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
-  if (backend_of(input) != Backend::kNone && is_quiet() && (inplace_backward || !is_profiled) &&
-      !at::autocast::is_autocast_enabled(is_plain_cpu(input) ? at::kCPU : at::kCUDA)) {
-    return differentiable(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward);
+  if (backend_of(input) == Backend::kNone || !is_quiet() || (is_profiled && !inplace_backward)) {
+    return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
   }
-  return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
+  const auto run = [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w) {
+    return differentiable(x, t, w, reduction, ignore_index, label_smoothing, inplace_backward);
+  };
+  const at::DeviceType device = is_plain_cpu(input) ? at::kCPU : at::kCUDA;
+  if (!at::autocast::is_autocast_enabled(device)) return run(input, target, weight);
+  return with_autocast(device, input, target, weight, run);
 }
 
-// Under autocast losses compute in float32, as torch's does.
-template <c10::DeviceType kDevice, c10::DispatchKey kAutocast>
-at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  const c10::impl::ExcludeDispatchKeyGuard guard(kAutocast);
-  const auto widened = [](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, kDevice); };
-  const OptionalTensor wide_weight = pointer_to(weight) ? OptionalTensor(widened(*weight)) : std::nullopt;
-  return call_cross_entropy(widened(input), widened(target), wide_weight, reduction, std::move(ignore_index),
-                            label_smoothing);
+// --- Python --------------------------------------------------------------------------------------------------------
+
+// Logits from which the interpreter is let go while the loss is computed.
+constexpr int64_t kMinLogitsToReleaseGil = 1 << 15;
+
+// cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward), or NotImplemented
+// for an argument of another type than torch.Tensor or Parameter, int and float: what that is, torch says.
+PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, Py_ssize_t n_args) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(n_args == 7, "cross_entropy takes 7 arguments, got ", n_args);
+  const bool has_weight = args[2] != Py_None;
+  if (!THPVariable_CheckExact(args[0]) || !THPVariable_CheckExact(args[1]) ||
+      (has_weight && !THPVariable_CheckExact(args[2])) || !PyLong_CheckExact(args[3]) || !PyLong_CheckExact(args[4]) ||
+      !(PyFloat_CheckExact(args[5]) || PyLong_CheckExact(args[5]))) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  int overflows = 0;
+  const int64_t ignore_index = PyLong_AsLongLongAndOverflow(args[4], &overflows);
+  const double label_smoothing = PyFloat_AsDouble(args[5]);
+  if (overflows != 0 || PyErr_Occurred()) {
+    PyErr_Clear();
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const int64_t reduction = PyLong_AsLong(args[3]);
+  const int is_in_place = PyObject_IsTrue(args[6]);
+  if (is_in_place < 0) throw python_error();
+  const at::Tensor& input = THPVariable_Unpack(args[0]);
+  const at::Tensor& target = THPVariable_Unpack(args[1]);
+  const OptionalTensor weight = has_weight ? OptionalTensor(THPVariable_Unpack(args[2])) : std::nullopt;
+  const auto run = [&] {
+    return cross_entropy_eager(input, target, weight, reduction, ignore_index, label_smoothing, is_in_place > 0);
+  };
+  if (input.numel() < kMinLogitsToReleaseGil) return THPVariable_Wrap(run());
+  at::Tensor loss;
+  {
+    pybind11::gil_scoped_release no_gil;
+    loss = run();
+  }
+  return THPVariable_Wrap(std::move(loss));
+  END_HANDLE_TH_ERRORS
 }
+
+PyMethodDef python_functions[] = {
+    {"cross_entropy", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(cross_entropy_from_python)),
+     METH_FASTCALL, nullptr},
+    {}};
 
 TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) {
-  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU>);
 }
 TORCH_LIBRARY_IMPL(fastopt, AutocastCUDA, library) {
-  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>);
 }
 TORCH_LIBRARY_IMPL(fastopt, CPU, library) { implement_cross_entropy(library); }
 TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", cross_entropy_autograd); }
@@ -139,6 +213,8 @@ void implement_cross_entropy(torch::Library& library) {
   library.impl("cross_entropy_backward", backward_kernel);
 }
 
-void bind_cross_entropy(pybind11::module_& module) { module.def("cross_entropy", &cross_entropy_eager); }
+void bind_cross_entropy(pybind11::module_& module) {
+  if (PyModule_AddFunctions(module.ptr(), python_functions) != 0) throw pybind11::error_already_set();
+}
 
 }  // namespace fastopt

@@ -1,4 +1,4 @@
-// Cross-entropy for torch: the operators' kernels, autograd, and the eager door.
+// Cross-entropy for torch: the operators' kernels, autograd, and the eager fast path.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

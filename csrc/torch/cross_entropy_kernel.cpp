@@ -128,6 +128,11 @@ bool kernel_takes(const CrossEntropyArguments& a) {
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
                                                         double factor, at::Tensor* totals) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
+  check_backed(a.input, "input");
+  check_backed(a.target, "target");
+  if (a.weight) check_backed(*a.weight, "weight");
+  // Held, for another thread may give a tensor other memory while the kernel runs.
+  const c10::Storage held[] = {a.input.storage(), a.target.storage(), a.weight ? a.weight->storage() : c10::Storage()};
   const bool has_indices = a.target.scalar_type() == at::kLong;
   const bool is_half = a.input.scalar_type() == at::kHalf;
   const bool is_cuda = backend_of(a.input) == Backend::kCuda;

@@ -32,9 +32,18 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
   return op.call(grad_output, grad, input);
 }
 
+// The loss's own gradient so that it multiplies that of the logits, whose type it takes.
+at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
+  const bool has_dims = grad_output.dim() > 0 || grad.dim() == 1;
+  const at::Tensor factor = has_dims ? grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1) : grad_output;
+  return factor.scalar_type() == grad.scalar_type() ? factor : factor.to(grad.scalar_type());
+}
+
 // The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
 // then: as with torch, they may be overwritten between forward and a plain backward. In place, the gradient is computed
-// in the backward, over the logits, whose version tells of it: whoever saved them for a backward of his own raises.
+// in the backward, over the logits. That bumps their version counter, so another backward that saved them raises.
+//
+// The mutex is held while something is unpacked only: what is computed from it may run hooks, and those this backward.
 struct CrossEntropyBackward final : torch::autograd::Node {
   SavedVariable grad, input, target, weight;
   at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
@@ -56,22 +65,26 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   }
 
   variable_list apply(variable_list&& grad_outputs) override {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
     const at::Tensor& grad_output = grad_outputs[0];
-    if (!grad_output.defined()) return {at::Tensor()};
+    if (!grad_output.defined()) {
+      check_not_released();
+      return {at::Tensor()};
+    }
     if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
 
     const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || !is_quiet();
-    if (is_in_place && !is_traced) return {backward_in_place(grad_output)};
+    const bool has_tangent = is_forward_mode_on() && grad_output._fw_grad(/*level=*/0).defined();
+    if (is_in_place && !is_traced && !has_tangent) return {backward_in_place(grad_output)};
 
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
-    const at::Tensor saved = is_in_place ? gradient_of_loss() : grad.unpack();
+    bool may_reuse = !is_traced && !has_tangent;
+    const at::Tensor saved = gradient_of_loss(may_reuse);
     // Asked for their dtype; they may have been overwritten.
-    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? input.unpack() : saved;
+    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? unpacked(input) : saved;
+    if (has_tangent) return {at::mul(saved, factor_of(grad_output, saved)).to(dtype)};  // not below autograd
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(grad_output, saved, logits)};
-    return {scale_gradient(saved, grad_output, dtype, is_last_backward)};
+    return {scale_gradient(saved, grad_output, dtype, may_reuse)};
   }
 
   // Compiled autograd: what the node holds, and its backward on what stands for that while a program is traced.
@@ -96,39 +109,79 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   }
 
  private:
+  void check_not_released() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+  }
+
+  at::Tensor unpacked(const SavedVariable& variable) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    return variable.unpack();
+  }
+
+  // The arguments as they were saved.
+  struct Arguments {
+    at::Tensor input, target;
+    OptionalTensor weight;
+  };
+  Arguments unpacked_arguments() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const at::Tensor weights = weight.unpack();
+    return {input.unpack(), target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt};
+  }
+
   at::Tensor backward_in_place(const at::Tensor& grad_output) {
-    const at::Tensor logits = input.unpack(), indices = target.unpack(), weights = weight.unpack();
+    const Arguments saved = unpacked_arguments();
+    const at::Tensor& logits = saved.input;
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
-    auto grad = std::get<1>(cross_entropy_kernel({logits, indices, weights.defined() ? &weights : nullptr, reduction,
-                                                  ignore_index.expect_int(), label_smoothing},
-                                                 GradientMemory::kLogits, number.value_or(1), &totals));
+    auto grad = std::get<1>(cross_entropy_kernel(
+        {logits, saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(), label_smoothing},
+        GradientMemory::kLogits, number.value_or(1), &totals));
     if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
     if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
     torch::autograd::increment_version(logits);
     return grad;
   }
 
-  // What was not saved, for the backward to compute it.
-  at::Tensor gradient_of_loss() {
-    const at::Tensor weights = weight.unpack();
+  // The gradient that was computed with the loss. may_reuse: whether it may be overwritten or given away; then it must
+  // be the last backward, and nobody else must hold it, as a hook for saved tensors can. It is let go of: a hook that
+  // fails later leaves this node as it is, and who repeats the backward must not find the gradient changed.
+  at::Tensor gradient_of_loss(bool& may_reuse) {
+    if (!is_in_place) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+      if (!is_gradient_gone_) {
+        at::Tensor saved = grad.unpack();
+        may_reuse &= is_last_backward;
+        if (may_reuse) {
+          grad.reset_data();
+          is_gradient_gone_ = true;
+          may_reuse = saved.use_count() == 1 && saved.storage().use_count() == 1;
+        }
+        return saved;
+      }
+    }
+    const Arguments saved = unpacked_arguments();
     at::AutoDispatchBelowADInplaceOrView guard;
-    return std::get<1>(call_forward(input.unpack(), target.unpack(),
-                                    weights.defined() ? OptionalTensor(weights) : std::nullopt, reduction, ignore_index,
-                                    label_smoothing, /*wants_grad=*/true));
+    return std::get<1>(call_forward(saved.input, saved.target, saved.weight, reduction, ignore_index, label_smoothing,
+                                    /*wants_grad=*/true));
   }
 
-  // Of torch's own composite, so that any further derivative exists.
+  // Of torch's own composite, so that any further derivative exists. Of an alias of the logits, whose own hooks run
+  // when the derivative that is found here reaches them, and not before.
   at::Tensor differentiable_backward(const at::Tensor& grad_output) {
-    at::Tensor logits = input.unpack();
-    const at::Tensor weights = weight.unpack();
+    const Arguments saved = unpacked_arguments();
+    const at::Tensor logits = saved.input.requires_grad() ? saved.input.alias() : saved.input;
     const at::Tensor loss =
-        torch_cross_entropy(logits, target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt,
-                            reduction, ignore_index, label_smoothing);
+        torch_cross_entropy(logits, saved.target, saved.weight, reduction, ignore_index, label_smoothing);
     return torch::autograd::grad({loss}, {logits}, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true)[0];
   }
 
   bool is_released_ = false;
+  bool is_gradient_gone_ = false;
 };
 
 // Nodes are held by std::shared_ptr or by intrusive_ptr, by torch's version.
@@ -164,14 +217,14 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
   if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
     return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
   }
-  at::Tensor factor = grad_output;
-  if (grad_output.dim() > 0 || grad.dim() == 1) factor = grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1);
+  check_backed(grad_output, "grad_output");
+  const at::Tensor factor = factor_of(grad_output, grad);
   if (const auto value = number_in(grad_output); value == 1.0) {
     if (grad.scalar_type() != dtype) return grad.to(dtype);
     return may_reuse ? grad : grad.clone();  // what is kept for another backward is not given away
   }
   if (may_reuse && grad.scalar_type() == dtype) return grad.mul_(factor);
-  return (grad.scalar_type() == dtype ? at::mul(grad, factor) : at::mul(grad, factor.to(grad.scalar_type()))).to(dtype);
+  return at::mul(grad, factor).to(dtype);
 }
 
 void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,

@@ -5,14 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import _reduction
-from torch.overrides import handle_torch_function, has_torch_function_variadic
+from torch.overrides import (
+    _get_current_function_mode_stack,
+    _get_overloaded_args,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
+from torch.utils._device import DeviceContext
 
 from .. import _native, reference
 from . import vocab_parallel
 
 # Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
-_NUMBERS = (float, int)
 
 
 def cross_entropy(
@@ -35,7 +40,9 @@ def cross_entropy(
 
     Values, gradients and errors of :func:`torch.nn.functional.cross_entropy`; 16-bit logits are summed in float32. The
     mean divides by the summed weights of the targets that are not ignored, or by the number of positions for
-    probabilities. The gradient is computed with the loss, where autograd will ask for it.
+    probabilities. The gradient is computed with the loss, where autograd will ask for it. Probabilities below the
+    smallest normal number of the type that is computed in (1.2e-38, in float64 2.2e-308) count as 0 in it, also where
+    the gradient is multiplied by a large factor afterwards.
 
     Args:
         input: logits, shape (C,), (N, C) or (N, C, d1, ...); floating point.
@@ -47,10 +54,12 @@ def cross_entropy(
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: in [0, 1]. Default: 0.0
         inplace_backward: let the backward write the gradient over ``input``, which then needs no memory of its own;
-            ``input`` holds its values until then. A request: where a kernel cannot, under ``torch.compile`` and on the
-            reference path, the gradient has its own memory. Default: False
+            ``input`` holds its values until then, and the gradient afterwards. Under autocast, that of 16-bit logits
+            goes over their float32 copy. A request: where a kernel cannot (elements of ``input`` that may share
+            memory with each other or with another argument), under ``torch.compile`` and on the reference path, the
+            gradient has its own memory. Default: False
         process_group: processes that share the classes, each with ``input`` and ``weight`` of its own classes and all
-            with the same ``target``. See :mod:`fastopt.nn.vocab_parallel`. Default: None
+            with the same ``target``; without ``inplace_backward``. See :mod:`fastopt.nn.vocab_parallel`. Default: None
 
     Returns:
         Scalar, or the shape of the indices if ``reduction="none"``; dtype of ``input``.
@@ -64,29 +73,27 @@ def cross_entropy(
 
     Source: online maximum and sum: Milakov & Gimelshein, arXiv:1805.02867, 2018, algorithm 3.
     """
-    if not torch.jit.is_scripting() and process_group is None and has_torch_function_variadic(input, target, weight):
-        return handle_torch_function(
-            cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            size_average=size_average,
-            ignore_index=ignore_index,
-            reduce=reduce,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            inplace_backward=inplace_backward,
-        )
+    if (
+        not torch.jit.is_scripting()
+        and process_group is None
+        and has_torch_function_variadic(input, target, weight)
+        and _is_overridden(input, target, weight)
+    ):
+        options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+        return _overridden(input, target, weight, options, inplace_backward)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if torch.jit.is_scripting():
         if process_group is not None:
             raise RuntimeError("process_group is not for TorchScript")
+        if inplace_backward and torch.is_grad_enabled() and input.requires_grad and input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         return torch.ops.fastopt.cross_entropy(
             input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
         )
     if process_group is not None:
+        if inplace_backward:
+            raise ValueError("inplace_backward must be False with process_group, got True")
         return vocab_parallel.cross_entropy(
             input, target, process_group, weight, reduction, ignore_index, label_smoothing
         )
@@ -103,28 +110,48 @@ def _cross_entropy(
     label_smoothing: float,
     inplace_backward: bool,
 ) -> Tensor:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return torch.ops.fastopt.cross_entropy(
-            input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing
-        )
-    if (
-        type(input) not in _PLAIN_TYPES
-        or not (input.is_cpu or (input.is_cuda and _native.cuda()))
-        # Else a tensor would lose its fraction or its gradient.
-        or type(ignore_index) is not int
-        or type(label_smoothing) not in _NUMBERS
-    ):
-        return vocab_parallel.torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    library = _native.module()
-    if library is None:
-        if inplace_backward:
-            _check_may_overwrite(input)
-        return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     arguments = (input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
-    try:
-        return library.cross_entropy(*arguments, inplace_backward)
-    except TypeError:  # for torch to say what is wrong with which argument
-        return vocab_parallel.torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        # Programs that are saved load where fastopt is not, and other formats know torch's operators only.
+        return reference.torch_cross_entropy(*arguments)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastopt.cross_entropy(*arguments)
+    if type(input) in _PLAIN_TYPES and (input.is_cpu or (input.is_cuda and _native.cuda())):
+        library = _native.module()
+        if library is None:
+            if inplace_backward:
+                _check_may_overwrite(input)
+            return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        loss = library.cross_entropy(*arguments, inplace_backward)
+        if loss is not NotImplemented:
+            return loss
+    loss = vocab_parallel.cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing)
+    return reference.torch_cross_entropy(*arguments) if loss is None else loss
+
+
+@torch.jit.unused
+def _overridden(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple[bool | None, int, bool | None, str, float],
+    inplace_backward: bool,
+) -> Tensor:
+    # Overrides know torch's function, or what stands in its place; it has no inplace_backward.
+    function = cross_entropy if inplace_backward else torch.nn.functional.cross_entropy
+    names = ("size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
+    keywords = {"weight": weight, **dict(zip(names, options, strict=True))}
+    if inplace_backward:
+        keywords["inplace_backward"] = True
+    return handle_torch_function(function, (input, target, weight), input, target, **keywords)
+
+
+@torch.jit.unused
+def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether a subclass or a mode overrides torch's functions; the default device concerns new tensors only."""
+    return bool(_get_overloaded_args((input, target, weight))) or any(
+        type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
+    )
 
 
 def _check_may_overwrite(input):
@@ -134,3 +161,8 @@ def _check_may_overwrite(input):
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         if input._base is not None and input._base.is_leaf and input._base.requires_grad:
             raise RuntimeError("a view of a leaf Variable that requires grad is being used in an in-place operation.")
+        if torch._debug_has_internal_overlap(input) == 1:
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+                "location. Please clone() the tensor before performing the operation."
+            )

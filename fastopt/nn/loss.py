@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from . import functional
+from .vocab_parallel import SavedGroup
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -43,6 +44,17 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.inplace_backward = inplace_backward
         self.process_group = process_group
+
+    def __getstate__(self):
+        state = self.__dict__.copy()  # what is pickled and copied; a process group cannot be, its name can
+        if self.process_group is not None and not isinstance(self.process_group, SavedGroup):
+            state["process_group"] = SavedGroup(self.process_group.group_name)
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if isinstance(self.process_group, SavedGroup):
+            self.process_group = self.process_group.resolved()
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.cross_entropy(

@@ -4,8 +4,29 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn import _reduction
+
+
+class SavedGroup:
+    """The name of a process group in its stead, which can be copied and pickled.
+
+    Args:
+        name: the group's name, which processes that are started in the same way give it again.
+    """
+
+    def __init__(self, name):
+        self.name = name
+
+    def __repr__(self):
+        return f"the process group {self.name!r} of a loss that was saved"
+
+    def resolved(self):
+        """The group of that name in this process, or this if there is none."""
+        try:
+            return dist.distributed_c10d._resolve_process_group(self.name)
+        except (RuntimeError, ValueError):
+            return self
+
 
 _SIZE_BASE = 4096  # sizes travel as two digits, which any floating-point type of the exchange holds exactly
 
@@ -45,15 +66,14 @@ def cross_entropy(input, target, process_group, weight=None, reduction="mean", i
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-def torch_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing):
-    """torch's own cross-entropy, for DTensors too, except that logits sharded by class are not gathered.
+def cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing):
+    """Cross-entropy of DTensor logits that are sharded by class, which are not gathered; None for all other arguments.
 
     As in torch, targets and weights may be plain tensors, the same in all processes, inside ``loss_parallel()``.
     """
-    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     if dtensor is None or not isinstance(input, dtensor):
-        return F.cross_entropy(input, target, weight, **options)
+        return None
     mesh, class_dim = input.device_mesh, _class_dim(input)
     by_class = [mesh_dim for mesh_dim, placement in enumerate(input.placements) if placement.is_shard(class_dim)]
     others = [placement for mesh_dim, placement in enumerate(input.placements) if mesh_dim not in by_class]
@@ -64,7 +84,7 @@ def torch_cross_entropy(input, target, weight, reduction, ignore_index, label_sm
         or target.is_floating_point()
         or not all(_is_everywhere(tensor, mesh, dtensor) for tensor in given)
     ):
-        return F.cross_entropy(input, target, weight, **options)
+        return None
     if weight is not None:
         weight = _replicated(weight, mesh, dtensor)
         placements = [
@@ -72,6 +92,7 @@ def torch_cross_entropy(input, target, weight, reduction, ignore_index, label_sm
         ]
         weight = weight.redistribute(mesh, placements).to_local()
     target = target.to_local() if isinstance(target, dtensor) else target
+    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
     loss = cross_entropy(input.to_local(), target, mesh.get_group(by_class[0]), weight, **options)
     return _replicated(loss, mesh, dtensor)
 
@@ -103,6 +124,8 @@ def _class_dim(input):
 
 def _check(input, target, process_group, weight, reduction, label_smoothing):
     """Raise for what this process can see to be wrong."""
+    if isinstance(process_group, SavedGroup):
+        raise RuntimeError(f"process_group must be set: {process_group} does not exist in this process")
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {process_group!r}")
     if hasattr(input, "device_mesh"):
