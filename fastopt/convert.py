@@ -4,6 +4,10 @@ import torch
 
 _ADAM = ("lr", "betas", "eps", "weight_decay")
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes hides its tensors from FSDP
+# Options that no result depends on: how torch computes, names of parameters, what torch's schedulers keep in groups.
+_HARMLESS = {"capturable", "differentiable", "foreach", "fused", "params", "param_names"}
+_HARMLESS |= {"base_momentum", "initial_lr", "max_lr", "max_momentum", "min_lr", "swa_lr"}
+_BITSANDBYTES = {*_ADAM, "alpha", "t_alpha", "t_beta3"}  # the last three are of AdEMAMix
 
 
 def convert_state_dict(state_dict, optimizer):
@@ -11,10 +15,10 @@ def convert_state_dict(state_dict, optimizer):
 
         optimizer.load_state_dict(fastopt.convert_state_dict(torch.load(path), optimizer))
 
-    The layouts, recognised by their keys; a dict in torch's own layout is taken too::
+    The layouts, recognised by their keys; a dict of the optimizer's namesake in torch is taken too::
 
                                state of a parameter                    count of steps    hyper-parameters
-        torch Adam             exp_avg, exp_avg_sq                     state, tensor     own names
+        torch Adam             exp_avg, exp_avg_sq                     state, tensor     own names, amsgrad
         apex FusedAdam         exp_avg, exp_avg_sq                     group             own names, bias_correction
         DeepSpeedCPUAdam       exp_avg, exp_avg_sq                     state, int        own names, bias_correction
         DeepSpeed FusedAdam    exp_avg, exp_avg_sq                     one of a group's  own names, bias_correction
@@ -23,9 +27,16 @@ def convert_state_dict(state_dict, optimizer):
         bitsandbytes RMSprop   state1 = square_avg                     state, int        betas = (alpha, momentum)
         bitsandbytes SGD       state1 = momentum_buffer                state, int        betas = (momentum, dampening)
 
+    Many optimizers save the states of an Adam (RAdam, LAMB, AdamP), so one is known by its options: ``amsgrad`` or
+    ``bias_correction``, or bitsandbytes' states. Options that the optimizer's own groups lack are refused, except those
+    of the layouts above, those of how torch computes (``foreach``, ``fused``, ``capturable``, ``differentiable``) and
+    what torch's schedulers leave (``initial_lr``, ``max_lr``, ...). An algorithm that saves just the options and states
+    of one of these, as a subclass of it does, cannot be told from it.
+
     What the source saves of its groups replaces the optimizer's own, as in ``load_state_dict``; what it does not save,
-    such as whether apex or DeepSpeed decoupled the decay, is the optimizer's. Tensors are handed on, not copied;
-    loading rounds them to their parameter's dtype, as torch does.
+    such as whether apex or DeepSpeed decoupled the decay, is the optimizer's. So an AdamW goes on as an AdamW in an
+    ``Adam`` too, for torch saves which it is. Tensors are handed on, not copied; loading rounds them to their
+    parameter's dtype, as torch does.
 
     Args:
         state_dict: what the library's ``state_dict()`` returned.
@@ -37,8 +48,9 @@ def convert_state_dict(state_dict, optimizer):
 
     Raises:
         TypeError: the optimizer is of another class, or the state dict is none.
-        ValueError: groups, shapes or the kind of optimizer do not match; a state is missing, unknown or in 8 bits; the
-            source computed what the optimizer does not (no bias correction, clipping, decoupled decay in an Adam).
+        ValueError: groups, shapes or the kind of optimizer do not match; a state or option is missing or unknown, or a
+            state in 8 bits; the source computed what the optimizer does not (no bias correction, clipping, decoupled
+            decay in an Adam, decay that is not in an AdamW).
 
     Source: apex/optimizers/fused_{adam,sgd}.py; bitsandbytes/optim/{optimizer,adam,rmsprop,sgd}.py (0.50);
     deepspeed/ops/adam/{cpu_adam,fused_adam}.py; torch/optim/{adam,sgd,rmsprop}.py (2.13).
@@ -56,7 +68,7 @@ def convert_state_dict(state_dict, optimizer):
     strays = saved_states.keys() - {key for group in state_dict["param_groups"] for key in group["params"]}
     if strays:
         raise ValueError(f"states must belong to parameters in param_groups, those of {_listed(strays)} do not")
-    is_bitsandbytes = any("state1" in state for state in saved_states.values())
+    is_bitsandbytes = _is_bitsandbytes(state_dict["param_groups"], saved_states)
     for saved, own, group in zip(state_dict["param_groups"], own_groups, optimizer.param_groups, strict=True):
         to_options = family.from_bitsandbytes if is_bitsandbytes else family.from_same_names
         options = to_options(dict(saved), own)
@@ -83,13 +95,22 @@ class _Adam:
 
     @staticmethod
     def from_same_names(saved, own):
-        if not saved.pop("bias_correction", True):
-            raise ValueError("bias_correction must be True, for Adam always corrects its bias, got False")
+        _require(saved, _ADAM)
+        is_known = saved.keys() & {"amsgrad", "bias_correction"}
+        corrects_bias = saved.pop("bias_correction", True)
         saved.pop("step", None)
-        return _with_own(saved, own, _ADAM)
+        options = _with_own(saved, own)
+        if not is_known:  # RAdam, LAMB and others save all the rest of it
+            raise ValueError(
+                f"param_groups must have amsgrad or bias_correction, as each Adam does, got {', '.join(saved)}"
+            )
+        if not corrects_bias:
+            raise ValueError(f"bias_correction must be True, for Adam always corrects its bias, got {corrects_bias}")
+        return options
 
     @staticmethod
     def from_bitsandbytes(saved, own):
+        _require(saved, _ADAM)
         if saved["weight_decay"] != 0 and not own["decoupled_weight_decay"]:
             raise ValueError(
                 "optimizer must decouple weight decay (AdamW), as each Adam of bitsandbytes does, "
@@ -97,8 +118,21 @@ class _Adam:
             )
         if len(saved["betas"]) != 2 or saved.pop("alpha", 0) != 0:
             raise ValueError(f"betas must be two numbers and alpha 0, got {saved['betas']}: this is no state of Adam")
-        saved.pop("t_alpha", None), saved.pop("t_beta3", None)  # of AdEMAMix
-        return _with_own(saved, own, _ADAM)
+        saved.pop("t_alpha", None), saved.pop("t_beta3", None)
+        return _with_own(saved, own)
+
+
+class _AdamW(_Adam):
+    @staticmethod
+    def from_same_names(saved, own):
+        options = _Adam.from_same_names(saved, own)
+        # torch.optim.AdamW decouples the decay whatever it loads.
+        if options["weight_decay"] != 0 and not options["decoupled_weight_decay"]:
+            raise ValueError(
+                "optimizer must not decouple weight decay (Adam), as what saved the state did not, "
+                f"or weight_decay be 0, got {options['weight_decay']}"
+            )
+        return options
 
 
 class _Sgd:
@@ -112,17 +146,19 @@ class _Sgd:
 
     @staticmethod
     def from_same_names(saved, own):
-        return _with_own(saved, own, ("lr", "momentum", "dampening", "weight_decay", "nesterov"))
+        _require(saved, ("lr", "momentum", "dampening", "weight_decay", "nesterov"))
+        return _with_own(saved, own)
 
     @staticmethod
     def from_bitsandbytes(saved, own):
-        saved["momentum"], dampening = saved.pop("betas")
+        _require(saved, ("lr", "betas", "weight_decay"))
+        saved["momentum"], dampening = _two(saved.pop("betas"))
         eps = saved.pop("eps", 0)
         if eps != 0:
             raise ValueError(f"eps must be 0 in bitsandbytes' SGD, got {eps}: this is no state of SGD")
         if dampening != 0:
             raise ValueError(f"dampening must be 0, for bitsandbytes' SGD never applied it, got {dampening}")
-        return _with_own({**saved, "dampening": 0.0}, own, ("lr", "momentum", "weight_decay"))
+        return _with_own({**saved, "dampening": 0.0}, own)
 
 
 class _RmsProp:
@@ -136,11 +172,13 @@ class _RmsProp:
 
     @staticmethod
     def from_same_names(saved, own):
-        return _with_own(saved, own, ("lr", "alpha", "eps", "weight_decay", "momentum", "centered"))
+        _require(saved, ("lr", "alpha", "eps", "weight_decay", "momentum", "centered"))
+        return _with_own(saved, own)
 
     @staticmethod
     def from_bitsandbytes(saved, own):
-        saved["alpha"], momentum = saved.pop("betas")
+        _require(saved, _ADAM)
+        saved["alpha"], momentum = _two(saved.pop("betas"))
         if saved["alpha"] == 0 or saved["eps"] == 0:
             raise ValueError(
                 "alpha and eps must not be 0 in bitsandbytes' RMSprop, "
@@ -148,22 +186,45 @@ class _RmsProp:
             )
         if momentum != 0:
             raise ValueError(f"momentum must be 0, for bitsandbytes' RMSprop never applied it, got {momentum}")
-        return _with_own({**saved, "momentum": 0.0, "centered": False}, own, ("lr", "alpha", "eps", "weight_decay"))
+        return _with_own({**saved, "momentum": 0.0, "centered": False}, own)
 
 
 def _family(optimizer):
-    for cls, family in ((torch.optim.Adam, _Adam), (torch.optim.SGD, _Sgd), (torch.optim.RMSprop, _RmsProp)):
-        if isinstance(optimizer, cls):
+    families = {"AdamW": _AdamW, "Adam": _Adam, "SGD": _Sgd, "RMSprop": _RmsProp}  # an AdamW is an Adam too
+    for name, family in families.items():
+        if isinstance(optimizer, getattr(torch.optim, name)):
             return family
     raise TypeError(f"optimizer must be an Adam, AdamW, SGD or RMSprop, got {type(optimizer).__name__}")
 
 
-def _with_own(saved, own, needed):
-    """A saved group's options, and the optimizer's for what it does not save."""
+def _is_bitsandbytes(groups, states):
+    """Whether bitsandbytes saved them: told by its states or, before its first step, by its options."""
+    if states:
+        return any("state1" in state for state in states.values())
+    return all({"betas"} <= group.keys() <= _BITSANDBYTES | _HARMLESS for group in groups)
+
+
+def _require(saved, needed):
     missing = [name for name in needed if name not in saved]
     if missing:
         raise ValueError(f"param_groups must have {', '.join(missing)}, got {', '.join(map(str, saved))}")
+
+
+def _with_own(saved, own):
+    """A saved group's options, and the optimizer's for what it does not save."""
+    unknown = saved.keys() - own.keys() - _HARMLESS
+    if unknown:
+        raise ValueError(
+            f"param_groups must have only options that the optimizer's have, got {_listed(unknown)} too: "
+            "what saved them may compute something else"
+        )
     return {**own, **saved}
+
+
+def _two(betas):
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas}")
+    return betas
 
 
 def _unwrapped(state):
