@@ -1,6 +1,7 @@
 """Types of command-line arguments that the commands share."""
 
 import argparse
+import math
 from pathlib import Path
 
 
@@ -14,6 +15,17 @@ def at_least(lowest):
         return value
 
     return integer
+
+
+def non_negative(text):
+    """A number that is 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be >= 0 and finite, got {text}")
+    return value
 
 
 def new_file(text):

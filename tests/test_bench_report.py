@@ -1,6 +1,8 @@
-"""``python -m fastopt bench``: reports, comparison, arguments, and a run from end to end."""
+"""``python -m fastopt bench``: reports, arguments, and a run from end to end."""
 
 import importlib.util
+import json
+import math
 import os
 import subprocess
 import sys
@@ -10,50 +12,11 @@ import pytest
 import torch
 
 import fastopt
+from bench_results import result, told
 from fastopt.__main__ import main
-from fastopt.bench import compare, plot, report
+from fastopt.bench import plot, report
 
 # Reports.
-
-
-def entry(provider, us, **others):
-    return {
-        "provider": provider,
-        "status": "timed",
-        "median_us": us,
-        "p10_us": us,
-        "p90_us": us,
-        "gb_per_s": 1.0,
-        "of_copy": 5.0 / us,
-        **others,
-    }
-
-
-def result(name, ours_us=2.0, copy_us=5.0, **ours):
-    found = [
-        entry("torch for-loop", 9.0),
-        entry("torch fused", 6.0, extra_bytes=2_000_000),
-        entry("torch compile", 12.0, fastopt_beside_us=4.0),
-        {"provider": "apex", "status": "wrong", "reason": "differs by 1, 0.1 allowed"},
-        entry("optimi", 10.0),
-        {"provider": "bitsandbytes", "status": "not run", "reason": "bitsandbytes has no such thing"},
-        {**entry("fastopt", ours_us), "extra_bytes": 0, **ours},
-    ]
-    whole = {"name": name, "kind": "loss", "bytes_moved": 8, "working": "2 x 4 B = 8 B", "n_rounds": 3}
-    return {**whole, "copy": entry("copy", copy_us), "providers": found}
-
-
-def told(*results):
-    machine = {
-        "gpu": None,
-        "processor": "abacus",
-        "threads": 2,
-        "torch": "2.13.0",
-        "python": "3.12.0",
-        "commit": "abc",
-        "fastopt": {"backend": "native-cpu-x", "version": "0.1.0"},
-    }
-    return report.to_dict(machine, "python -m fastopt bench", {}, ["apex"], list(results))
 
 
 def test_summary_is_against_the_fastest_torch_and_compile_against_fastopt_beside_it():
@@ -124,44 +87,6 @@ def test_picture_takes_cases_that_lack_ratios(tmp_path):
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
-# Comparison.
-
-
-def compared(first, second, tmp_path, *options):
-    files = [tmp_path / "first.json", tmp_path / "second.json"]
-    for file, results in zip(files, (first, second), strict=True):
-        report.write_json(file, told(*results))
-    return main(["bench", "compare", *map(str, files), *options])
-
-
-@pytest.mark.parametrize(
-    ("second", "options", "status", "line"),
-    [
-        (result("work", 2.0), [], 0, "work    1.00"),
-        (result("work", 2.3), [], 0, "work    1.15  slower"),
-        (result("work", 3.0), [], 1, "work    1.50  SLOWER"),
-        (result("work", 3.0), ["--tolerance", "0.6"], 0, "work    1.50  slower"),
-        (result("work", 1.0), [], 0, "work    0.50  faster"),
-        (result("work", 4.0, copy_us=10.0), [], 0, "work    1.00"),
-        (result("work", status="wrong", reason="differs"), [], 1, "work       -  lost"),
-        (result("else"), [], 0, "work       -  only in the first"),
-    ],
-    ids=["same", "flagged", "slower", "tolerated", "faster", "slower machine", "lost", "gone"],
-)
-def test_comparison_holds_times_against_copies_and_fails_on_what_is_slower(
-    second, options, status, line, tmp_path, capsys
-):
-    assert compared([result("work", 2.0)], [second], tmp_path, *options) == status
-    assert line in capsys.readouterr().out.splitlines()
-
-
-def test_case_that_never_was_timed_is_no_failure():
-    broken = told(result("work", status="not run", reason="none"))
-    (change,) = compare.changes(broken, told(result("work")))
-    assert change.note == "never timed"
-    assert not change.is_failure(0.1)
-
-
 # The command.
 
 
@@ -174,6 +99,15 @@ def test_case_that_never_was_timed_is_no_failure():
         (["--json", "absent/file"], "argument --json: must be a file in a directory that exists, got 'absent/file'"),
         (["--readme", "absent"], "argument --readme: absent: "),
         (["compare", "absent", "absent"], "No such file or directory: 'absent'"),
+        (["compare", ".", "."], "Is a directory: '.'"),
+        (
+            ["compare", "--tolerance", "-0.1", "a", "b"],
+            "argument --tolerance: must be >= 0 and finite, got -0.1",
+        ),
+        (
+            ["compare", "--mean-tolerance", "nan", "a", "b"],
+            "argument --mean-tolerance: must be >= 0 and finite, got nan",
+        ),
     ],
 )
 def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys, tmp_path, monkeypatch):
@@ -184,10 +118,49 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys, t
     assert message in capsys.readouterr().err
 
 
-def test_file_of_another_kind_is_refused(tmp_path, capsys):
-    (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(SystemExit):
+def timed(**values):
+    """A run whose one case has other times of fastopt."""
+    run = told(result("work"))
+    run["results"][0]["providers"][-1].update(values)
+    return run
+
+
+WHOLE = told(result("work"))
+OTHER_FILES = {
+    "list": [1],
+    "empty": {},
+    "another schema": {**WHOLE, "schema": 0},
+    "no results": {**WHOLE, "results": []},
+    "no settings": {key: value for key, value in WHOLE.items() if key != "settings"},
+    "no machine": {key: value for key, value in WHOLE.items() if key != "machine"},
+    "results of another kind": {**WHOLE, "results": [{"name": "work"}]},
+    "no fastopt": {**WHOLE, "results": [{**WHOLE["results"][0], "providers": []}]},
+    "a time of 0": timed(median_us=0.0),
+    "a time that is no number": timed(median_us=math.nan),
+    "a time that is text": timed(median_us="2"),
+    "a percentile that is text": timed(p10_us="1"),
+}
+
+
+@pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
+@pytest.mark.parametrize("command", ["table", "compare"])
+def test_file_of_another_kind_is_refused(command, content, tmp_path, capsys):
+    other, whole = tmp_path / "other.json", tmp_path / "whole.json"
+    other.write_text(json.dumps(content))
+    report.write_json(whole, WHOLE)
+    for files in ([other],) if command == "table" else ([other, whole], [whole, other]):
+        with pytest.raises(SystemExit) as exited:
+            main(["bench", command, *map(str, files)])
+        assert exited.value.code == 2
+        assert f"{other} must hold results of python -m fastopt bench, schema 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
+def test_file_that_is_no_json_is_refused(content, tmp_path, capsys):
+    (tmp_path / "other.json").write_bytes(content)
+    with pytest.raises(SystemExit) as exited:
         main(["bench", "table", str(tmp_path / "other.json")])
+    assert exited.value.code == 2
     assert "must hold results of python -m fastopt bench" in capsys.readouterr().err
 
 

@@ -283,6 +283,7 @@ def test_trainings_that_end_apart_break_parity(changed, reason):
         (["--batch-size", "601"], "argument --batch-size: must be at most the 600 training images, got 601"),
         (["--lr", "-0.1"], "argument --lr: must be >= 0 and finite, got -0.1"),
         (["--lr", "nan"], "argument --lr: must be >= 0 and finite, got nan"),
+        (["--lr", "fast"], "argument --lr: must be >= 0 and finite, got fast"),
         (["--seed", "-1"], "argument --seed: must be >= 0, got -1"),
         (["--threads", "0"], "argument --threads: must be >= 1, got 0"),
         (["--data", "absent"], "argument --data: must be a directory, got 'absent'"),

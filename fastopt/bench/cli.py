@@ -11,7 +11,7 @@ import torch
 
 import fastopt
 
-from .._arguments import at_least, new_file
+from .._arguments import at_least, new_file, non_negative
 from . import compare, machine, plot, providers, report, runner
 from .cases import cases_for
 
@@ -19,6 +19,14 @@ DESCRIPTION = """\
 Time fastopt beside torch's own implementations, torch.compile and other libraries that are installed. Each result is
 checked before it is timed; each case has a process of its own, in which the providers take turns. Exits with 1 if
 fastopt is wrong or does not run, with 2 on bad input."""
+
+COMPARE_HELP = "tell what has become slower; exit with 1 if something has"
+COMPARE_DESCRIPTION = """\
+Compare two runs of python -m fastopt bench by fastopt's time over that of the fastest of torch's implementations, which
+took turns with it; over a plain copy's where torch was not timed. Exits with 1 if a case or the mean of all is slower
+than the tolerances allow, if fastopt's time alone is where torch's stayed, or if a case of the first run is missing or
+not timed in the second; with 2 on bad input. On a busy machine the times of a single case differ by half from run to
+run: repeat a run that is slower before believing it."""
 
 
 def add_arguments(parser):
@@ -43,11 +51,14 @@ def add_arguments(parser):
     table.add_argument("file", type=Path, metavar="JSON")
     _add_outputs(table, has_json=False)
     table.set_defaults(bench_command=_table)
-    compared = commands.add_parser("compare", help="tell what has become slower; exit with 1 if something has")
-    compared.add_argument("first", type=Path, metavar="JSON")
-    compared.add_argument("second", type=Path, metavar="JSON")
-    tolerance_help = "slowdown that is no failure; default: %(default)s"
-    compared.add_argument("--tolerance", type=float, default=0.25, metavar="SHARE", help=tolerance_help)
+    compared = commands.add_parser("compare", help=COMPARE_HELP, description=COMPARE_DESCRIPTION)
+    compared.add_argument("first", type=Path, metavar="FIRST.json")
+    compared.add_argument("second", type=Path, metavar="SECOND.json")
+    tolerance = f"rise of a case that is no failure; default: {compare.TOLERANCE}"
+    compared.add_argument("--tolerance", type=non_negative, default=compare.TOLERANCE, metavar="SHARE", help=tolerance)
+    mean_tolerance = f"""rise of the geometric mean of all cases that is no failure; default: {compare.MEAN_TOLERANCE},
+        and for few cases the tolerance of one over the root of their number"""
+    compared.add_argument("--mean-tolerance", type=non_negative, metavar="SHARE", help=mean_tolerance)
     compared.set_defaults(bench_command=_compare)
 
 
@@ -140,9 +151,13 @@ def _table(args, parser):
 
 
 def _compare(args, parser):
-    found = list(compare.changes(_read(args.first, parser), _read(args.second, parser)))
-    print("\n".join(compare.lines(found, args.tolerance)))
-    return int(any(change.is_failure(args.tolerance) for change in found))
+    runs = _read(args.first, parser), _read(args.second, parser)
+    try:
+        found = compare.Comparison(compare.changes(*runs), args.tolerance, args.mean_tolerance)
+    except ValueError as error:
+        parser.error(str(error))
+    print("\n".join([*compare.conditions(*runs), *found.lines()]))
+    return 0 if found.ok else 1
 
 
 def _read(file, parser):

@@ -1,6 +1,7 @@
 """What was found, as lines on a terminal, as JSON, and as the Markdown that a README holds."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -76,10 +77,22 @@ def read_json(file):
         ValueError: the file is not of this version's benchmark.
         OSError: it cannot be read.
     """
-    told = json.loads(Path(file).read_text())
-    if not isinstance(told, dict) or told.get("schema") != SCHEMA:
+    try:
+        told = json.loads(Path(file).read_text(encoding="utf-8"))
+        is_whole = told["schema"] == SCHEMA and isinstance(told["settings"], dict) and _has_times(told["results"])
+        markdown(told)  # which takes every part of it
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError):
+        is_whole = False
+    if not is_whole:
         raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
     return told
+
+
+def _has_times(results):
+    """Whether there are results, and every time is one."""
+    timed = [entry for result in results for entry in result["providers"] if entry["status"] == "timed"]
+    timed += [result["copy"] for result in results if result["copy"]]
+    return bool(results) and all(0 < entry["median_us"] < math.inf for entry in timed)
 
 
 # Markdown.

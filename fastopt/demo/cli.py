@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 
 import fastopt
 
-from .._arguments import at_least, new_file
+from .._arguments import at_least, new_file, non_negative
 from . import data, plot, processes, report, train
 from .models import MODELS
 from .progress import Progress
@@ -35,7 +34,7 @@ def add_arguments(parser):
     length.add_argument("--steps", type=at_least(1), help=f"steps to train; default: {defaults.steps}")
     length.add_argument("--epochs", type=at_least(1), help="train so many times over all images instead")
     parser.add_argument("--batch-size", type=at_least(1), default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
+    parser.add_argument("--lr", type=non_negative, help="learning rate of every optimizer; default: each its own")
     parser.add_argument("--seed", type=at_least(0), default=defaults.seed, help="default: %(default)s")
     parser.add_argument(
         "--stock",
@@ -119,13 +118,6 @@ def _config(args, n_train):
     config = train.Config(**{name: value for name, value in vars(args).items() if name in names and name != "steps"})
     steps = args.epochs * (n_train // args.batch_size) if args.epochs else args.steps or config.steps
     return dataclasses.replace(config, steps=steps)
-
-
-def learning_rate(text):
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be >= 0 and finite, got {value}")
-    return value
 
 
 def _device(text):
