@@ -2,28 +2,67 @@
 
 import argparse
 import json
+import os
 import sys
+import traceback
 
 import torch
 
 import fastopt
 
-from . import _native
+from . import _environment, _native
+from ._arguments import EXIT_STATUS
+from ._build import BadVariable, BuildError
+
+PROG = "python -m fastopt"
 
 
 def main(argv=None):
-    """Run one subcommand and return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastopt", description="Fused optimizers and losses for PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_arguments, run, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
-        add_arguments(command)
-        command.set_defaults(run=run, command_parser=command)
-    args = parser.parse_args(argv)
+    """Run one subcommand and return its exit status, which means what ``EXIT_STATUS`` says."""
+    prog = PROG
     try:
-        return args.run(args, args.command_parser)
+        args = _parser().parse_args(argv)
+        prog = args.command_parser.prog
+        try:
+            _environment.check()
+        except ValueError as error:
+            return _fail(prog, error, 2)
+        status = args.run(args, args.command_parser)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if isinstance(
+            error.__cause__, BuildError
+        ):  # kernels that were asked for cannot be had, and the message says why
+            return _no_kernels(prog, error)
+        traceback.print_exc()
+        return 3
+    return status
+
+
+def _no_kernels(prog, error):
+    return _fail(prog, error, 2 if isinstance(error.__cause__, BadVariable) else 3)
+
+
+def _fail(prog, error, status):
+    print(f"{prog}: error: {error}", file=sys.stderr)
+    return status
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="Fused optimizers and losses for PyTorch.", epilog=EXIT_STATUS
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add_arguments, run, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, epilog=EXIT_STATUS)
+        add_arguments(command)
+        command.set_defaults(run=run, command_parser=command)
+    return parser
 
 
 def _demo_arguments(parser):
@@ -60,11 +99,17 @@ def _info(args, parser):
     info = fastopt.info()
     if args.json:
         print(json.dumps(info, indent=1, default=str))
-        return 0
+        return _info_status(info, parser)
     width = max(map(len, info))
     for key, value in info.items():
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else value
         print(f"{key:<{width}}  {'none' if shown is None else shown}")
+    return _info_status(info, parser)
+
+
+def _info_status(info, parser):
+    if info.get("backend") == "none":
+        return _fail(parser.prog, f"FASTOPT_BACKEND=native, but the kernels cannot be used: {info['reason']}", 3)
     return 0
 
 
@@ -76,11 +121,10 @@ def _build(args, parser):
     try:
         print(fastopt.build(verbose=args.verbose))
         cuda_library = _native.build_cuda()
-        if cuda_library is not None:
-            print(cuda_library)
     except RuntimeError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
+        return _no_kernels(parser.prog, error)
+    if cuda_library is not None:
+        print(cuda_library)
     return 0
 
 

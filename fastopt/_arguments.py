@@ -1,8 +1,14 @@
-"""Types of command-line arguments that the commands share."""
+"""What the commands share: types of arguments, and what exit statuses mean."""
 
 import argparse
 import math
+import os
 from pathlib import Path
+
+EXIT_STATUS = """\
+Exit status: 0 success; 1 the answer is no: trainings disagree, a result is wrong, something has become slower or is
+gone; 2 bad input: an argument, a file, an environment variable, or a learning rate at which both trainings diverge; 3
+what should not fail has failed: kernels cannot be built or loaded, or something crashed; 130 after Ctrl-C."""
 
 
 def at_least(lowest):
@@ -33,4 +39,6 @@ def new_file(text):
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written, got {text!r}")
     return path

@@ -47,6 +47,10 @@ class BuildError(Exception):
         self.remedy = remedy
 
 
+class BadVariable(BuildError):
+    """An environment variable asks for what cannot be."""
+
+
 @dataclass(frozen=True)
 class Compiler:
     """A C++ compiler that answers: its command line and what it says of itself."""
@@ -103,20 +107,30 @@ def explain(failed, log, remedies, otherwise):
     return BuildError(reason, next(found, otherwise))
 
 
+def named_compiler():
+    """The compiler named in ``CXX``, or nothing.
+
+    Raises:
+        BadVariable: it is more than a program.
+    """
+    named = os.environ.get("CXX", "")
+    if " " in named and shutil.which(named) is None:  # torch would quote it as one word
+        raise BadVariable(
+            f"CXX must name one program, got {named!r}", "put flags into CFLAGS; torch finds ccache itself"
+        )
+    return named
+
+
 def find_compiler():
     """The compiler named in ``CXX``, else ``c++`` or ``g++`` on the path.
 
     Raises:
         BuildError: there is none, or it does not run.
     """
-    named = os.environ.get("CXX")
+    named = named_compiler()
     command = named or next(filter(shutil.which, ("c++", "g++")), None)
     if command is None:
         raise BuildError("no C++ compiler is on the path", INSTALL_COMPILER)
-    if " " in command and shutil.which(command) is None:  # torch would quote it as one word
-        raise BuildError(
-            f"CXX must name one program, got {command!r}", "put flags into CFLAGS; torch finds ccache itself"
-        )
     says = f"CXX={named}" if named else command
     try:
         process = spawn([command, "--version"], stderr=subprocess.DEVNULL)

@@ -15,17 +15,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import _build
-from ._build import BuildError
+from ._build import BadVariable, BuildError
 
 SOURCE_SUFFIXES = (".cu", ".cuh", ".h")
 AHEAD_OF_TIME = (80, 86, 89, 90, 100, 120)  # what a library for unknown GPUs holds; PTX of the first serves the others
-NAMED = {  # as torch reads them
+NAMED = {  # as torch reads them, in its order: longer names first
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
     "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
     "Ampere": "8.0;8.6+PTX",
     "Ada": "8.9+PTX",
     "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
     "Blackwell": "10.0;10.3;12.0;12.1+PTX",
 }
+NAME_ARCHS = "set TORCH_CUDA_ARCH_LIST to a list such as 8.0;9.0+PTX, or unset it"
 USUAL_TOOLKIT = "/usr/local/cuda"
 PIP_FOLDERS = "nvidia/*"  # in an entry of sys.path; one for each major version
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CXX")  # from the environment
@@ -118,23 +128,25 @@ def architectures(nvcc, gpus=()):
         gpus: compute capabilities of the GPUs here, such as (9, 0); none for a library that serves any.
 
     Raises:
-        BuildError: ``TORCH_CUDA_ARCH_LIST`` cannot be read or leaves out a GPU, or nvcc is too old or too new.
+        BadVariable: ``TORCH_CUDA_ARCH_LIST`` cannot be read, leaves out a GPU, or names what this nvcc does not know.
+        BuildError: nvcc is too old or too new for the GPUs.
     """
     known = nvcc.known()
     if not known:
         raise BuildError(f"{nvcc} names no architecture", install_nvcc())
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    listed = listed_architectures()
     if listed:
-        real, virtual = _parse(listed, known, nvcc)
+        real, virtual = _known_of(listed, known, nvcc)
     elif gpus:
         real, virtual = _for_gpus(gpus, known, nvcc)
     else:
         real = {number for number in AHEAD_OF_TIME if number in known} or {known[0]}
         virtual = {min(real)}
     archs = [f"sm_{number}" for number in sorted(real)] + [f"compute_{number}" for number in sorted(virtual)]
-    if left_out(archs, gpus):
-        raise BuildError(
-            f"TORCH_CUDA_ARCH_LIST={listed} leaves out {', '.join(left_out(archs, gpus))}, which is here",
+    missing = ", ".join(left_out(archs, gpus))
+    if missing:
+        raise BadVariable(
+            f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']} leaves out {missing}, which is here",
             "add it or unset TORCH_CUDA_ARCH_LIST",
         )
     return archs
@@ -293,7 +305,7 @@ def _ask(command):
 
 def _max_jobs():
     named = os.environ.get("MAX_JOBS", "")  # as torch's builds read it
-    return max(1, int(named)) if named.isdigit() else os.cpu_count() or 1
+    return max(1, int(named)) if named.isascii() and named.isdigit() else os.cpu_count() or 1
 
 
 def _serves(archs, gpu):
@@ -301,24 +313,39 @@ def _serves(archs, gpu):
     return any(int(number) <= gpu and (kind == "compute" or int(number) // 10 == gpu // 10) for kind, number in kinds)
 
 
-def _parse(listed, known, nvcc):
-    """Machine code and PTX of a list as torch takes it, ``8.0;9.0+PTX``; an a or f, as in 9.0a, changes nothing."""
-    real, virtual = set(), set()
-    remedy = "set TORCH_CUDA_ARCH_LIST to a list such as 8.0;9.0+PTX, or unset it"
-    for name, numbers in NAMED.items():
-        listed = listed.replace(name, numbers)
-    for word in filter(None, re.split(r"[;\s]+", listed)):
-        found = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", word)
-        if found is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {word!r}, which is no compute capability", remedy)
-        number = int(found.group(1) + found.group(2))
+def listed_architectures():
+    """What ``TORCH_CUDA_ARCH_LIST`` names, as torch takes it; nothing for ``native``, and if it is not set.
+
+    Returns:
+        Of each word in ``8.0;9.0+PTX`` the word itself, 90 for 9.0, and whether it asks for PTX. An a or f, as in 9.0a,
+        changes nothing.
+
+    Raises:
+        BadVariable: it names something else.
+    """
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if listed in ("", "native"):
+        return []
+    numbers = listed
+    for name, of_name in NAMED.items():
+        numbers = numbers.replace(name, of_name)
+    found = []
+    for word in filter(None, re.split(r"[;\s]+", numbers)):
+        match = re.fullmatch(r"([0-9]+)\.([0-9])[af]?(\+PTX)?", word)
+        if match is None:
+            raise BadVariable(f"TORCH_CUDA_ARCH_LIST holds {word!r}, which is no compute capability", NAME_ARCHS)
+        found.append((word, int(match.group(1) + match.group(2)), match.group(3) is not None))
+    if not found:
+        raise BadVariable(f"TORCH_CUDA_ARCH_LIST={listed!r} holds no compute capability", NAME_ARCHS)
+    return found
+
+
+def _known_of(listed, known, nvcc):
+    """Machine code and PTX of what ``TORCH_CUDA_ARCH_LIST`` names."""
+    for word, number, _ in listed:
         if number not in known:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST holds {word}, for which {nvcc} does not compile", remedy)
-        real.add(number)
-        virtual.update([number] if found.group(3) else [])
-    if not real:
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST={listed!r} holds no compute capability", remedy)
-    return real, virtual
+            raise BadVariable(f"TORCH_CUDA_ARCH_LIST holds {word}, for which {nvcc} does not compile", NAME_ARCHS)
+    return {number for _, number, _ in listed}, {number for _, number, has_ptx in listed if has_ptx}
 
 
 def _for_gpus(gpus, known, nvcc):

@@ -50,8 +50,9 @@ def module():
         RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
     """
     served = _served or _settle()
-    if served.failure is not None and _backend() == "native":
-        raise RuntimeError(f"FASTOPT_BACKEND=native, but the kernels cannot be used: {served.failure}")
+    failure = served.failure
+    if failure is not None and wanted_backend() == "native":
+        raise RuntimeError(f"FASTOPT_BACKEND=native, but the kernels cannot be used: {failure}") from failure
     return served.module
 
 
@@ -75,8 +76,9 @@ def cuda():
         RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
     """
     served = _served_cuda or _settle_cuda()
-    if served.failure is not None and _backend() == "native":
-        raise RuntimeError(f"FASTOPT_BACKEND=native, but the CUDA kernels cannot be used: {served.failure}")
+    failure = served.failure
+    if failure is not None and wanted_backend() == "native":
+        raise RuntimeError(f"FASTOPT_BACKEND=native, but the CUDA kernels cannot be used: {failure}") from failure
     return served.module is not None
 
 
@@ -135,7 +137,8 @@ def info():
     if served is None:
         backend, reason = "not built yet", "the first use of a kernel, or python -m fastopt build, compiles the library"
     else:
-        backend, reason = f"native-cpu-{instruction_set}" if compiled else "reference", served.reason
+        fallback = "none" if served.failure and wanted_backend() == "native" else "reference"
+        backend, reason = f"native-cpu-{instruction_set}" if compiled else fallback, served.reason
     cuda, cuda_library = _info_of_cuda(served)
     return {
         "version": sys.modules[__package__].__version__,
@@ -154,7 +157,12 @@ def info():
     }
 
 
-def _backend():
+def wanted_backend():
+    """What ``FASTOPT_BACKEND`` asks for.
+
+    Raises:
+        ValueError: it is unknown.
+    """
     backend = os.environ.get("FASTOPT_BACKEND") or "auto"
     if backend not in BACKENDS:
         raise ValueError(f"FASTOPT_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -164,7 +172,7 @@ def _backend():
 def _settle():
     """Decide what serves this process; compile if there is nothing to load; warn, once, if that fails."""
     global _served
-    backend = _backend()
+    backend = wanted_backend()
     with _lock:
         if _served is not None:
             return _served
@@ -182,7 +190,7 @@ def _settle():
 def _peek():
     """What would serve, or None if that would have to be compiled first."""
     global _served
-    if _backend() == "reference":
+    if wanted_backend() == "reference":
         return _reference()
     with _lock:
         if _served is None:
@@ -242,7 +250,7 @@ def _how_compiled(library):
 def _settle_cuda():
     """Decide what serves CUDA tensors in this process; compile if need be; warn, once, if that fails."""
     global _served_cuda
-    backend, extension = _backend(), module()
+    backend, extension = wanted_backend(), module()
     with _lock:
         if _served_cuda is not None:
             return _served_cuda
@@ -261,7 +269,7 @@ def _settle_cuda():
 
 def _without_cuda(has_extension):
     """What serves where kernels for CUDA are not even looked for, or None."""
-    if _backend() == "reference":
+    if wanted_backend() == "reference":
         return _reference()
     if _build_cuda.wanted() is False:
         return Served(None, "FASTOPT_CUDA=0")

@@ -380,7 +380,7 @@ def test_build_prints_the_library_or_the_reason_why_not(monkeypatch, capsys):
         raise RuntimeError("fastopt cannot be built: no compiler")
 
     monkeypatch.setattr(fastopt, "build", fail)
-    assert main(["build"]) == 1
+    assert main(["build"]) == 3
     streams = capsys.readouterr()
     assert streams.out == ""
     assert "fastopt cannot be built: no compiler" in streams.err

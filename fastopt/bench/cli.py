@@ -11,22 +11,22 @@ import torch
 
 import fastopt
 
-from .._arguments import at_least, new_file, non_negative
+from .._arguments import EXIT_STATUS, at_least, new_file, non_negative
 from . import compare, machine, plot, providers, report, runner
 from .cases import cases_for
 
 DESCRIPTION = """\
 Time fastopt beside torch's own implementations, torch.compile and other libraries that are installed. Each result is
 checked before it is timed; each case has a process of its own, in which the providers take turns. Exits with 1 if
-fastopt is wrong or does not run, with 2 on bad input."""
+fastopt's result is wrong, with 3 if it does not run."""
 
 COMPARE_HELP = "tell what has become slower; exit with 1 if something has"
 COMPARE_DESCRIPTION = """\
 Compare two runs of python -m fastopt bench by fastopt's time over that of the fastest of torch's implementations, which
 took turns with it; over a plain copy's where torch was not timed. Exits with 1 if a case or the mean of all is slower
 than the tolerances allow, if fastopt's time alone is where torch's stayed, or if a case of the first run is missing or
-not timed in the second; with 2 on bad input. On a busy machine the times of a single case differ by half from run to
-run: repeat a run that is slower before believing it."""
+not timed in the second. On a busy machine the times of a single case differ by half from run to run: repeat a run that
+is slower before believing it."""
 
 
 def add_arguments(parser):
@@ -47,11 +47,12 @@ def add_arguments(parser):
     parser.set_defaults(bench_command=None)
     _add_outputs(parser)
     commands = parser.add_subparsers(metavar="COMMAND")
-    table = commands.add_parser("table", help="Markdown, README and picture from a JSON that is there")
+    table_help = "Markdown, README and picture from a JSON that is there"
+    table = commands.add_parser("table", help=table_help, epilog=EXIT_STATUS)
     table.add_argument("file", type=Path, metavar="JSON")
     _add_outputs(table, has_json=False)
     table.set_defaults(bench_command=_table)
-    compared = commands.add_parser("compare", help=COMPARE_HELP, description=COMPARE_DESCRIPTION)
+    compared = commands.add_parser("compare", help=COMPARE_HELP, description=COMPARE_DESCRIPTION, epilog=EXIT_STATUS)
     compared.add_argument("first", type=Path, metavar="FIRST.json")
     compared.add_argument("second", type=Path, metavar="SECOND.json")
     tolerance = f"rise of a case that is no failure; default: {compare.TOLERANCE}"
@@ -103,10 +104,13 @@ def _run(args, parser, cases):
         print("\n".join(report.lines(results[-1])), flush=True)
         told = report.to_dict(described, command, dataclasses.asdict(settings), missing, results)
         if args.json:
-            report.write_json(args.json, told)
+            try:
+                report.write_json(args.json, told)
+            except OSError as error:
+                parser.error(str(error))
     status = _write(args, parser, told)
-    ours = [entry for result in results for entry in result["providers"] if entry["provider"] == "fastopt"]
-    return status or int(any(entry["status"] != "timed" for entry in ours))
+    ours = {entry["status"] for result in results for entry in result["providers"] if entry["provider"] == "fastopt"}
+    return status or (3 if "not run" in ours else 1 if "wrong" in ours else 0)
 
 
 def _arguments(args):

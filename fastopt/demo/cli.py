@@ -16,12 +16,15 @@ from .progress import Progress
 
 DESCRIPTION = """\
 Train a CNN on handwritten digits twice from one seed, with stock torch and with fastopt, and compare losses, test
-accuracy and the time of each part of a step. Exits with 1 if the two trainings do not agree, with 2 on bad input.
-Launched by torchrun with several processes, each trains on its share of every batch, and the first one reports."""
+accuracy and the time of each part of a step. Exits with 1 if the two trainings do not agree, with 2 if the losses of
+both became NaN or infinite. Launched by torchrun with several processes, each trains on its share of every batch, and
+the first one reports; torchrun itself exits with 1 for every status but 0."""
 
 DATA_HELP = """\
 folder of the four IDX files of MNIST, packed or not, in it, in raw or in MNIST/raw; without it $FASTOPT_DATA, ./data,
 ../data and ~/data are tried, and where none of them has digits fastopt draws its own"""
+
+MAX_LR = 1e30
 
 
 def add_arguments(parser):
@@ -34,7 +37,7 @@ def add_arguments(parser):
     length.add_argument("--steps", type=at_least(1), help=f"steps to train; default: {defaults.steps}")
     length.add_argument("--epochs", type=at_least(1), help="train so many times over all images instead")
     parser.add_argument("--batch-size", type=at_least(1), default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--lr", type=non_negative, help="learning rate of every optimizer; default: each its own")
+    parser.add_argument("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
     parser.add_argument("--seed", type=at_least(0), default=defaults.seed, help="default: %(default)s")
     parser.add_argument(
         "--stock",
@@ -53,7 +56,7 @@ def add_arguments(parser):
 
 
 def run(args, parser):
-    """Train, report, and return the exit status: 0 if parity holds, 1 if not, 2 if the data cannot be used."""
+    """Train, report, and return the exit status."""
     with processes.joined(args.device) as args.device:
         return _run(args, parser)
 
@@ -67,7 +70,7 @@ def _run(args, parser):
             digits = data.load(args.data, download=args.download)
     except data.DataError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, data.DownloadError) else 2
     n_train = len(digits.train.labels)
     if args.batch_size > n_train:
         parser.error(f"argument --batch-size: must be at most the {n_train} training images, got {args.batch_size}")
@@ -95,7 +98,10 @@ def _run(args, parser):
 
 
 def _status(comparisons):
-    return 0 if all(outcome.parity.ok for outcome in comparisons) else 1
+    verdicts = [outcome.parity for outcome in comparisons]
+    if any(not verdict.ok and not verdict.diverged for verdict in verdicts):
+        return 1
+    return 0 if all(verdict.ok for verdict in verdicts) else 2
 
 
 def _write_files(args, parser, config, digits, comparisons, info):
@@ -118,6 +124,13 @@ def _config(args, n_train):
     config = train.Config(**{name: value for name, value in vars(args).items() if name in names and name != "steps"})
     steps = args.epochs * (n_train // args.batch_size) if args.epochs else args.steps or config.steps
     return dataclasses.replace(config, steps=steps)
+
+
+def learning_rate(text):
+    value = non_negative(text)
+    if value > MAX_LR:
+        raise argparse.ArgumentTypeError(f"must be <= {MAX_LR:g}, with which a step stays in float32, got {value:g}")
+    return value
 
 
 def _device(text):

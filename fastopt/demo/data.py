@@ -26,6 +26,10 @@ FILES = {
 N_DRAWN_TRAIN, N_DRAWN_TEST = 12000, 2000
 
 
+class DownloadError(DataError):
+    """The digits could not be fetched."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images, uint8 of shape (N, 1, 28, 28), and their labels, int64 of shape (N,)."""
@@ -53,7 +57,8 @@ def load(folder=None, *, download=False):
         download: fetch MNIST through ``torchvision.datasets.MNIST(download=True)`` first.
 
     Raises:
-        DataError: ``folder`` or ``$FASTOPT_DATA`` holds no digits, a file is broken, or the download failed.
+        DataError: ``folder`` or ``$FASTOPT_DATA`` holds no digits, a file is broken, or there is no torchvision.
+        DownloadError: the download failed.
     """
     if download:
         folder = _download(Path(folder or USUAL_PLACES[0]))
@@ -156,5 +161,5 @@ def _download(root):
         for train in (True, False):
             torchvision.datasets.MNIST(root, train=train, download=True)
     except Exception as error:
-        raise DataError(f"--download: torchvision could not fetch MNIST into {root}: {error}") from error
+        raise DownloadError(f"--download: torchvision could not fetch MNIST into {root}: {error}") from error
     return root

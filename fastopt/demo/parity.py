@@ -15,6 +15,7 @@ LOSS_TOLERANCE = 1e-5
 UPDATE_TOLERANCE = 1e-5
 END_LOSS_TOLERANCE = 0.1
 ACCURACY_TOLERANCE_PERCENT = 2.0
+DIVERGED_LOSS = 1e30  # one step before float32 overflows; which training does so first is chance
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 CRITERION = f"""\
@@ -23,16 +24,20 @@ Parity holds if
     (first {N_CHECKED_STEPS} steps; times the largest logit where that is above 1);
   fed the same gradients, the weights differ in norm by at most {UPDATE_TOLERANCE:g} of the way they moved, plus one
     rounding of the weights per step (first {N_CHECKED_STEPS} steps);
-  every loss of both trainings is finite;
+  every loss of both trainings is below {DIVERGED_LOSS:g};
   their mean losses over the last fifth of the steps differ by at most {END_LOSS_TOLERANCE:g}, or a quarter of torch's;
   their test accuracies differ by at most {ACCURACY_TOLERANCE_PERCENT:g} points, or a quarter of torch's errors."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether parity holds, why not, and the figures it was judged by."""
+    """Whether parity holds, why not, and the figures it was judged by.
+
+    ``diverged``: the losses of both trainings became NaN or too large, and they agreed until then.
+    """
 
     ok: bool
+    diverged: bool
     reasons: tuple
     max_loss_error: float  # on the same logits, as a share of what is allowed
     max_update_error: float  # on the same gradients, as a share of what is allowed
@@ -88,31 +93,36 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
         torch_losses, fastopt_losses: loss of each step of the two trainings.
         torch_accuracy, fastopt_accuracy: on the test images, in percent.
     """
+    lost = [_first(losses, lambda loss: not loss < DIVERGED_LOSS) for losses in (torch_losses, fastopt_losses)]
+    both_lost = None not in lost
+    n_judged = lost[0] if both_lost else N_CHECKED_STEPS
     reasons = []
     for what, errors in (
-        ("on the same logits the losses", shadow.loss_errors),
-        ("fed the same gradients the weights", shadow.update_errors),
+        ("on the same logits the losses", shadow.loss_errors[:n_judged]),
+        # The step before torch's loss was lost has moved the weights out of what float32 holds.
+        ("fed the same gradients the weights", shadow.update_errors[: max(0, n_judged - both_lost)]),
     ):
         broken = _first(errors, lambda error: not error <= 1)  # NaN is broken too
         if broken is not None:
             reasons.append(f"{what} differ in step {broken + 1} by {errors[broken]:.3g} times what is allowed")
-    for side, losses in (("torch", torch_losses), ("fastopt", fastopt_losses)):
-        broken = _first(losses, lambda loss: not math.isfinite(loss))
-        if broken is not None:
-            reasons.append(f"{side}'s loss in step {broken + 1} is {losses[broken]}")
+    diverged = both_lost and not reasons
+    for side, losses, step in zip(("torch", "fastopt"), (torch_losses, fastopt_losses), lost, strict=True):
+        if step is not None:
+            reasons.append(f"{side}'s loss in step {step + 1} is {losses[step]:g}")
 
     n_end = max(1, len(torch_losses) // 5)
     torch_end, fastopt_end = (sum(losses[-n_end:]) / n_end for losses in (torch_losses, fastopt_losses))
     end, allowed = abs(torch_end - fastopt_end), max(END_LOSS_TOLERANCE, torch_end / 4)
-    if end > allowed:
+    if end > allowed and not diverged:
         reasons.append(f"mean losses of the last {n_end} steps differ by {end:.3f}, {allowed:.3f} allowed")
     accuracy = abs(torch_accuracy - fastopt_accuracy)
     allowed = max(ACCURACY_TOLERANCE_PERCENT, (100 - torch_accuracy) / 4)
-    if accuracy > allowed:
+    if accuracy > allowed and not diverged:
         reasons.append(f"test accuracies differ by {accuracy:.2f} points, {allowed:.2f} allowed")
 
     return Verdict(
         ok=not reasons,
+        diverged=diverged,
         reasons=tuple(reasons),
         max_loss_error=largest(shadow.loss_errors),
         max_update_error=largest(shadow.update_errors),

@@ -62,7 +62,7 @@ def tables(comparisons):
                 f"{verdict.max_loss_difference:.1e}",
                 f"{verdict.max_loss_error:.3f}",
                 f"{verdict.max_update_error:.3f}",
-                "ok" if verdict.ok else "BROKEN",
+                "ok" if verdict.ok else "diverged" if verdict.diverged else "BROKEN",
             )
         )
         for run, name in (("torch", outcome.optimizer), ("fastopt", "")):
@@ -115,11 +115,17 @@ def processor():
 
 
 def _verdict(comparisons):
-    broken = [outcome for outcome in comparisons if not outcome.parity.ok]
-    if not broken:
+    if all(outcome.parity.ok for outcome in comparisons):
         return "Parity holds."
-    reasons = [f"  {outcome.optimizer}: {reason}" for outcome in broken for reason in outcome.parity.reasons]
-    return "\n".join(["Parity is BROKEN:", *reasons])
+    lines = []
+    for diverged, title in (
+        (False, "Parity is BROKEN:"),
+        (True, "Both trainings diverged, so there is nothing to compare; a smaller --lr may help:"),
+    ):
+        outcomes = [outcome for outcome in comparisons if not outcome.parity.ok and outcome.parity.diverged == diverged]
+        reasons = [f"  {outcome.optimizer}: {reason}" for outcome in outcomes for reason in outcome.parity.reasons]
+        lines += [title, *reasons] if reasons else []
+    return "\n".join(lines)
 
 
 def _aligned(rows, n_left):
