@@ -37,8 +37,8 @@ def _check_max_jobs():
 def _check_cache_dir():
     """A directory, or a path at which one can be made: not one below a file."""
     folder = _jit.cache_dir()
-    exists = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not os.path.isdir(exists):
+    exists = next(filter(os.path.lexists, (folder, *folder.parents)), None)  # None on a drive that is not there
+    if exists is None or not os.path.isdir(exists):
         name = next((name for name in ("FASTOPT_CACHE_DIR", "XDG_CACHE_HOME") if os.environ.get(name)), None)
         value = os.environ[name] if name else str(folder)  # below the home directory: another place must be named
         raise ValueError(

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -107,11 +108,26 @@ def _compile_locked(entry, kind, verbose):
     return entry / kind.filename
 
 
+def file_locks():
+    """The module of file locks, which only POSIX has.
+
+    Raises:
+        BuildError: the system is another.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise BuildError(
+            f"no kernels are compiled on {platform.system()}, for want of POSIX file locks",
+            "Linux and macOS have them; here plain torch serves",
+        ) from None
+    return fcntl
+
+
 @contextlib.contextmanager
 def _locked(path):
     """Hold the file lock at ``path``: one process compiles, the others wait."""
-    import fcntl  # POSIX only, and no kernel of ours needs it
-
+    fcntl = file_locks()
     with open(path, "w") as file:
         _lock_files.add(file)
         try:

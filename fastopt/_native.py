@@ -214,6 +214,7 @@ def _installed():
 
 
 def _kind():
+    _jit.file_locks()  # before a compiler is asked for, which would be of no use without them
     return _build.CpuLibrary(_build.find_compiler())
 
 
@@ -325,8 +326,9 @@ def _after_fork_in_child():
     _build.spawning.release()
 
 
-os.register_at_fork(
-    before=_build.spawning.acquire,
-    after_in_parent=_build.spawning.release,
-    after_in_child=_after_fork_in_child,
-)
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(
+        before=_build.spawning.acquire,
+        after_in_parent=_build.spawning.release,
+        after_in_child=_after_fork_in_child,
+    )

@@ -39,7 +39,8 @@ def _library_is_broken():
     if spec is None:
         return False
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    libraries = [file for folder in folders for name in ("_C.so", "_C_stable.so") for file in folder.glob(name)]
+    names = ("_C.so", "_C_stable.so", "_C.pyd", "_C_stable.pyd")  # the latter on Windows
+    libraries = [file for folder in folders for name in names for file in folder.glob(name)]
     for library in libraries:
         try:
             ctypes.CDLL(str(library))
