@@ -3,12 +3,14 @@
     python tests/cuda_report.py LIBRARY
 
 Fails if an architecture is missing, if a kernel keeps anything in local memory (a spill, or an array indexed at run
-time), or if one that reads float, half or bfloat16 elements has no load of 16 bytes. Needs cuobjdump, nvdisasm and
-c++filt; the first two are in pip's nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+time), if one that reads float, half or bfloat16 elements has no load of 16 bytes, or if one has more static shared
+memory than the shim of the tests counts with. Needs cuobjdump, nvdisasm and c++filt; the first two are in pip's
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 import argparse
 import collections
+import functools
 import os
 import re
 import shutil
@@ -19,6 +21,9 @@ from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 IN_DETAIL = "sm_90"
+SHIM = Path(__file__).parent / "cuda_shim" / "grid.h"
+# Of each block, by the system: from sm_90 on, cuobjdump counts them with a kernel's own shared memory.
+RESERVED_SHARED_BYTES, RESERVED_IS_COUNTED_FROM = 1024, 90
 
 # Patterns of demangled kernels that may break a rule, each with its reason.
 MAY_USE_LOCAL_MEMORY = {}
@@ -37,8 +42,9 @@ NARROW_ELEMENT = re.compile(r"\b(float|BFloat16|Half|__half|__nv_bfloat16)\b")
 class Kernel:
     """One kernel of one architecture."""
 
-    def __init__(self, mangled):
+    def __init__(self, mangled, arch):
         self.mangled = mangled
+        self.arch = arch
         self.name = mangled
         self.resources = {}
         self.accesses = collections.Counter()  # (load or store, bits)
@@ -58,6 +64,13 @@ class Kernel:
         return self.resources["STACK"] + self.resources["LOCAL"]
 
     @property
+    def shared_bytes(self):
+        """Static shared memory, as the runtime counts it."""
+        counted = self.resources["SHARED"]
+        is_reserved_counted = counted > 0 and int(re.search(r"\d+", self.arch).group()) >= RESERVED_IS_COUNTED_FROM
+        return counted - RESERVED_SHARED_BYTES * is_reserved_counted
+
+    @property
     def template(self):
         return self.name.partition("<")[0].removeprefix("void ").partition("(")[0]
 
@@ -73,6 +86,8 @@ class Kernel:
         is_wide = any(self.accesses["load", bits] for bits in (128, 256))
         if NARROW_ELEMENT.search(self.name) and not is_wide and not is_excepted(self.name, MAY_LOAD_NARROWLY):
             yield "has no load of 16 bytes"
+        if not 0 <= self.shared_bytes <= shim_shared_bytes():
+            yield f"has {self.shared_bytes} bytes of static shared memory: the shim counts with {shim_shared_bytes()}"
 
 
 def bits_of(modifiers):
@@ -83,6 +98,11 @@ def bits_of(modifiers):
         if modifier in ("U8", "S8", "U16", "S16"):
             return int(modifier[1:])
     return 32
+
+
+@functools.cache
+def shim_shared_bytes():
+    return int(re.search(r"kStaticSharedBytes = (\d+);", SHIM.read_text()).group(1))
 
 
 def is_excepted(name, exceptions):
@@ -120,7 +140,7 @@ def read_kernels(cuobjdump, library, arch):
     kernel = None
     for line in lines_of(cuobjdump, "-res-usage", "-arch", arch, library):
         if found := re.match(r"\s*Function ([^\s:]+):", line):
-            kernel = kernels.setdefault(found.group(1), Kernel(found.group(1)))
+            kernel = kernels.setdefault(found.group(1), Kernel(found.group(1), arch))
         elif kernel is not None and "REG:" in line:
             kernel.resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
             kernel = None
@@ -152,7 +172,7 @@ def print_details(kernels):
             columns += [wide, kernel.accesses[which, 64], kernel.accesses[which, 32], narrow]
         load, store = cells["load"], cells["store"]
         print(
-            f"{kernel.resources['REG']:4} {kernel.stack_bytes:5} {kernel.resources['SHARED']:6}"
+            f"{kernel.resources['REG']:4} {kernel.stack_bytes:5} {kernel.shared_bytes:6}"
             f"  {load[0]:8} {load[1]:4} {load[2]:4} {load[3]:4}  {store[0]:9} {store[1]:4} {store[2]:4} {store[3]:4}"
             f"  {kernel.n_generic:7} {kernel.n_local:5}  {kernel.arguments}"
         )
@@ -184,11 +204,12 @@ def main():
             faults.setdefault(fault, []).append(arch)
         n_local = sum(bool(kernel.stack_bytes or kernel.n_local) for kernel in kernels)
         summary.append(
-            f"{arch:>7} {len(kernels):7} {most.resources['REG']:8} {n_local:12}"
+            f"{arch:>7} {len(kernels):7} {most.resources['REG']:8}"
+            f" {max(kernel.shared_bytes for kernel in kernels):6} {n_local:12}"
             f" {sum(kernel.accesses['load', 128] + kernel.accesses['load', 256] for kernel in kernels):12}"
             f" {sum(kernel.n_generic for kernel in kernels):8} {len(found):6}"
         )
-    print(f"\n{'arch':>7} kernels max regs local memory loads of 128  generic faults", *summary, sep="\n")
+    print(f"\n{'arch':>7} kernels max regs shared local memory loads of 128  generic faults", *summary, sep="\n")
     print("", *(f"{fault}{': ' * bool(archs)}{', '.join(archs)}" for fault, archs in faults.items()), sep="\n")
     print(f"{len(faults)} faults")
     return 1 if faults else 0

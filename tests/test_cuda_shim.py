@@ -197,6 +197,7 @@ def test_portable_switch_of_fibers_serves_too(tmp_path):
         ("kAssert", ["Assertion `thread < 63' failed"]),
         ("kOverrunDynamicShared", ["wrote 0 bytes past the end of the 256 bytes of dynamic shared memory"]),
         ("kUnderrunDynamicShared", ["wrote before the beginning of dynamic shared memory"]),
+        ("kMuchStaticShared", ["wrote 768 bytes of static shared memory", "kStaticSharedBytes"]),
     ],
 )
 def test_misdeed_aborts_with_a_message(path, deed, messages):
@@ -242,6 +243,8 @@ def test_address_sanitizer_accepts_right_kernels_on_fibers(sanitized):
 # Launches
 
 KIB = 1024
+STATIC = 512  # bytes of static shared memory, with which the shim counts for each kernel
+DEFAULT_LIMIT, MAX_LIMIT = 48 * KIB - STATIC, 227 * KIB - STATIC  # of dynamic shared memory
 
 
 @pytest.mark.parametrize(
@@ -249,8 +252,8 @@ KIB = 1024
     [
         ((1, 1, 1), (1, 1, 1), 0, None, SUCCESS),
         ((2, 3, 4), (4, 4, 64), 0, None, SUCCESS),
-        ((1, 1, 1), (1024, 1, 1), 48 * KIB, None, SUCCESS),
-        ((1, 1, 1), (32, 1, 1), 227 * KIB, 227 * KIB, SUCCESS),
+        ((1, 1, 1), (1024, 1, 1), DEFAULT_LIMIT, None, SUCCESS),
+        ((1, 1, 1), (32, 1, 1), MAX_LIMIT, MAX_LIMIT, SUCCESS),
         ((0, 1, 1), (1, 1, 1), 0, None, INVALID_CONFIGURATION),
         ((1, 1, 0), (1, 1, 1), 0, None, INVALID_CONFIGURATION),
         ((1, 1, 1), (0, 1, 1), 0, None, INVALID_CONFIGURATION),
@@ -262,7 +265,10 @@ KIB = 1024
         ((1, 65536, 1), (1, 1, 1), 0, None, INVALID_CONFIGURATION),
         ((1, 1, 65536), (1, 1, 1), 0, None, INVALID_CONFIGURATION),
         ((1, 1, 1), (1, 1, 1), 100 * KIB + 1, 100 * KIB, INVALID_VALUE),
-        ((1, 1, 1), (1, 1, 1), 0, 227 * KIB + 1, INVALID_VALUE),
+        ((1, 1, 1), (1, 1, 1), DEFAULT_LIMIT + 1, None, INVALID_VALUE),
+        ((1, 1, 1), (1, 1, 1), 48 * KIB, None, INVALID_VALUE),
+        ((1, 1, 1), (1, 1, 1), 0, MAX_LIMIT + 1, INVALID_VALUE),
+        ((1, 1, 1), (1, 1, 1), 0, 227 * KIB, INVALID_VALUE),
     ],
 )
 def test_launch_within_the_limits_runs_and_others_give_errors(path, blocks, threads, shared_bytes, allowed, error):
@@ -278,16 +284,40 @@ print(count.value)
     assert done.stdout.split() == [str(error), str(n if error == SUCCESS else 0)], done.stderr
 
 
-def test_shared_memory_above_48_kib_needs_the_attribute(library):
+def test_dynamic_shared_memory_above_the_default_limit_needs_the_attribute(path):
+    code = """
+shape, count = unsigneds(1, 1, 1), ctypes.c_uint()
+fixed, limit = ctypes.c_int(), ctypes.c_int()
+
+def limits():
+    assert library.shared_bytes(ctypes.byref(fixed), ctypes.byref(limit)) == SUCCESS
+    return fixed.value, limit.value
+
+assert limits() == (STATIC, DEFAULT_LIMIT)
+for shared_bytes, allowed, error in [
+    (DEFAULT_LIMIT, -1, SUCCESS),
+    (DEFAULT_LIMIT + 1, -1, INVALID_VALUE),
+    (48 * KIB, 64 * KIB, SUCCESS),
+    (64 * KIB, -1, SUCCESS),
+    (64 * KIB + 1, -1, INVALID_VALUE),
+    (0, MAX_LIMIT + 1, INVALID_VALUE),
+    (64 * KIB, 64 * KIB, SUCCESS),
+]:
+    assert library.launch_shape(shape, shape, shared_bytes, allowed, ctypes.byref(count)) == error
+    assert limits() == (STATIC, DEFAULT_LIMIT if count.value == 1 else 64 * KIB)
+print(count.value)
+"""
+    done = run_apart(path, code)
+    assert done.stdout.split() == ["4"], done.stderr
+
+
+def test_changes_of_a_kernels_limit_are_counted(library):
     shape, count = unsigneds(1, 1, 1), ctypes.c_uint()
-    for shared_bytes, allowed, error in [
-        (48 * KIB + 1, -1, INVALID_VALUE),
-        (48 * KIB + 1, 64 * KIB, SUCCESS),
-        (64 * KIB, -1, SUCCESS),
-        (64 * KIB + 1, -1, INVALID_VALUE),
-    ]:
-        assert library.launch_shape(shape, shape, shared_bytes, allowed, ctypes.byref(count)) == error
-    assert count.value == 2
+    counts = []
+    for allowed in (MAX_LIMIT, MAX_LIMIT, 64 * KIB, MAX_LIMIT, MAX_LIMIT + 1, MAX_LIMIT):
+        library.launch_shape(shape, shape, 0, allowed, ctypes.byref(count))
+        counts.append(library.fastopt_shim_changed_limits())
+    assert [n - counts[0] for n in counts] == [0, 0, 1, 2, 2, 2]
 
 
 def test_next_launch_fails_once_when_told_to(library):

@@ -37,9 +37,15 @@ namespace [[gnu::visibility("hidden")]] fastopt_shim {
 inline constexpr int kMaxThreadsZ = 64;
 inline constexpr int kMaxBlocksX = 0x7fffffff;
 inline constexpr int kMaxBlocksYZ = 0xffff;
-inline constexpr size_t kMaxSharedBytes = size_t{48} << 10;
-inline constexpr size_t kMaxSharedBytesOptIn = size_t{227} << 10;
 inline constexpr size_t kMaxArgumentBytes = 32764;
+
+// Shared memory of a block, static and dynamic together: without a call of cudaFuncSetAttribute, and with one.
+inline constexpr size_t kDefaultSharedBytesLimit = size_t{48} << 10;
+inline constexpr size_t kMaxSharedBytesOptIn = size_t{227} << 10;
+// Static shared memory of a kernel: an upper bound, the same for all of them, for a C++ compiler does not say which
+// variables a kernel uses. So shared memory that is granted here is granted by a device, too. tests/cuda_report.py
+// checks the bound for nvcc's kernels; here a block that writes more ends the process, unless with AddressSanitizer.
+inline constexpr size_t kStaticSharedBytes = 512;
 
 // All bits set: NaN in each floating-point type, -1 in each integer.
 inline constexpr int kGarbage = 0xff;
@@ -56,7 +62,9 @@ struct Grid {
 };
 
 inline std::mutex launch_mutex;
-inline std::map<const void*, size_t> shared_bytes_allowed;
+// Of dynamic shared memory, for each kernel whose limit was set.
+inline std::map<const void*, size_t> dynamic_shared_limits;
+inline int n_changed_limits = 0;
 inline int error_to_come = cudaSuccess;
 inline bool has_seed = false;
 inline long long seed = -1;
@@ -129,6 +137,14 @@ class StaticShared {
     kept_.assign(block_.begin, block_.begin + block_.bytes);
   }
   void fill() const { memset(block_.begin, kGarbage, block_.bytes); }
+  void check() const {
+    const auto is_written = [](char c) { return static_cast<unsigned char>(c) != kGarbage; };
+    const size_t written = static_cast<size_t>(std::count_if(block_.begin, block_.begin + block_.bytes, is_written));
+    if (written > kStaticSharedBytes) {
+      fail("a block wrote %zu bytes of static shared memory; kStaticSharedBytes, which launches count with, is %zu",
+           written, kStaticSharedBytes);
+    }
+  }
   void end_launch() const { memcpy(block_.begin, kept_.data(), block_.bytes); }
 
  private:
@@ -142,6 +158,7 @@ class StaticShared {
  public:
   void begin_launch() {}
   void fill() const {}
+  void check() const {}
   void end_launch() const {}
 };
 
@@ -199,9 +216,23 @@ inline Thread* start_block() {
 inline Thread* next_block() {
   block.current = nullptr;
   check_guards();
+  static_shared.check();
   if (--n_blocks_left == 0) return nullptr;
   block_rank = block_rank < n_blocks - stride ? block_rank + stride : block_rank - (n_blocks - stride);
   return start_block();
+}
+
+inline size_t dynamic_shared_limit(const void* kernel) {
+  const auto found = dynamic_shared_limits.find(kernel);
+  return found == dynamic_shared_limits.end() ? kDefaultSharedBytesLimit - kStaticSharedBytes : found->second;
+}
+
+inline cudaError_t set_dynamic_shared_limit(const void* kernel, size_t bytes) {
+  if (bytes > kMaxSharedBytesOptIn - kStaticSharedBytes) return cudaErrorInvalidValue;
+  const auto [entry, is_new] = dynamic_shared_limits.try_emplace(kernel, bytes);
+  n_changed_limits += !is_new && entry->second != bytes;
+  entry->second = bytes;
+  return cudaSuccess;
 }
 
 inline cudaError_t check_launch(const Grid& grid) {
@@ -214,9 +245,7 @@ inline cudaError_t check_launch(const Grid& grid) {
                    threads.x <= kMaxThreads && threads.y <= kMaxThreads && threads.z <= kMaxThreadsZ &&
                    threads.x * threads.y * threads.z <= kMaxThreads;
   if (!some || !few) return cudaErrorInvalidConfiguration;
-  const auto allowed = shared_bytes_allowed.find(grid.address);
-  const size_t limit = allowed == shared_bytes_allowed.end() ? kMaxSharedBytes : allowed->second;
-  return grid.shared_bytes > limit ? cudaErrorInvalidValue : cudaSuccess;
+  return grid.shared_bytes > dynamic_shared_limit(grid.address) ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 // A child must not find the mutex held by a thread that it does not have.
@@ -286,7 +315,8 @@ void launch(const char* name, void (*kernel)(Params...), dim3 blocks, dim3 threa
   ::fastopt_shim::launch(#kernel, kernel, (blocks), (threads), (shared_bytes), (stream)__VA_OPT__(, ) __VA_ARGS__)
 #define FASTOPT_DYNAMIC_SHARED(name) char* const name = ::fastopt_shim::dynamic_shared
 
-// For tests, which load the library: seed the order of threads (negative: in order); make the next launch fail.
+// For tests, which load the library: seed the order of threads (negative: in order); make the next launch fail; how
+// often a kernel's limit of dynamic shared memory, once set, was set to another number.
 extern "C" {
 __attribute__((used, visibility("default"))) inline void fastopt_shim_seed(long long seed) {
   const std::lock_guard lock(fastopt_shim::launch_mutex);
@@ -295,5 +325,9 @@ __attribute__((used, visibility("default"))) inline void fastopt_shim_seed(long 
 __attribute__((used, visibility("default"))) inline void fastopt_shim_fail_next(int error) {
   const std::lock_guard lock(fastopt_shim::launch_mutex);
   fastopt_shim::error_to_come = error;
+}
+__attribute__((used, visibility("default"))) inline int fastopt_shim_changed_limits() {
+  const std::lock_guard lock(fastopt_shim::launch_mutex);
+  return fastopt_shim::n_changed_limits;
 }
 }

@@ -116,7 +116,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMaxGridDimX: *value = fastopt_shim::kMaxBlocksX; break;
     case cudaDevAttrMaxGridDimY:
     case cudaDevAttrMaxGridDimZ: *value = fastopt_shim::kMaxBlocksYZ; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(fastopt_shim::kMaxSharedBytes); break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = static_cast<int>(fastopt_shim::kDefaultSharedBytesLimit); break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = static_cast<int>(fastopt_shim::kMaxSharedBytesOptIn); break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 228 << 10; break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1 << 10; break;
@@ -140,12 +140,19 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute attribute, int value) {
   if (attribute == cudaFuncAttributePreferredSharedMemoryCarveout) return cudaSuccess;
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
-      static_cast<size_t>(value) > fastopt_shim::kMaxSharedBytesOptIn) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0) {
     return fastopt_shim::record(cudaErrorInvalidValue);
   }
   const std::lock_guard lock(fastopt_shim::launch_mutex);
-  fastopt_shim::shared_bytes_allowed[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return fastopt_shim::record(
+      fastopt_shim::set_dynamic_shared_limit(reinterpret_cast<const void*>(kernel), static_cast<size_t>(value)));
+}
+
+template <class... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*kernel)(Params...)) {
+  const std::lock_guard lock(fastopt_shim::launch_mutex);
+  const size_t limit = fastopt_shim::dynamic_shared_limit(reinterpret_cast<const void*>(kernel));
+  *attributes = {fastopt_shim::kStaticSharedBytes, static_cast<int>(limit)};
   return cudaSuccess;
 }
 

@@ -1,6 +1,8 @@
 // The runtime's error codes, enumerations and handles: those that launch code names, with the values they really have.
 #pragma once
 
+#include <cstddef>  // size_t
+
 enum cudaError_t : int {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -58,6 +60,12 @@ enum cudaDeviceAttr : int {
 enum cudaFuncAttribute : int {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+
+// Those of the attributes that launch code reads.
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // static
+  int maxDynamicSharedSizeBytes;
 };
 
 enum cudaStreamCaptureStatus : int {

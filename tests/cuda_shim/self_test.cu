@@ -58,6 +58,7 @@ enum Deed : int {
   kWritePastGlobal,
   kReadPastStaticShared,
   kReadPastDynamicShared,
+  kMuchStaticShared,
 };
 
 // Two warps; 64 floats at `global` and in dynamic shared memory.
@@ -65,6 +66,7 @@ __global__ void misdeed(Deed deed, volatile float* global, int one) {
   FASTOPT_DYNAMIC_SHARED(bytes);
   volatile float* shared = reinterpret_cast<volatile float*>(bytes);
   __shared__ volatile float fixed[64];
+  __shared__ volatile double more[64];
   const unsigned thread = threadIdx.x;
   switch (deed) {
     case kBarrierInBranch:
@@ -115,6 +117,10 @@ __global__ void misdeed(Deed deed, volatile float* global, int one) {
       global[thread] = fixed[thread + one];
       break;
     case kReadPastDynamicShared: global[thread] = shared[thread + one]; break;
+    case kMuchStaticShared:
+      more[thread] = 0.0;
+      fixed[thread] = static_cast<float>(more[thread]);
+      break;
   }
 }
 
@@ -237,6 +243,15 @@ int do_misdeed(int deed) {
   FASTOPT_LAUNCH(misdeed, 1, 64, 64 * sizeof(float), nullptr, static_cast<Deed>(deed), global, 1);
   delete[] global;
   return last_error();
+}
+
+// A kernel's static shared memory and its limit of dynamic shared memory.
+int shared_bytes(int* fixed, int* limit) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, count_thread);
+  *fixed = static_cast<int>(attributes.sharedSizeBytes);
+  *limit = attributes.maxDynamicSharedSizeBytes;
+  return error;
 }
 
 // Returns the error; `allowed` < 0 leaves the kernel's limit of dynamic shared memory as it is.
