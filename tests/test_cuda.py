@@ -235,6 +235,38 @@ def test_every_road_is_as_exact_as_torch(shape, why, dtype, options):
             assert_no_worse(a, b, c, slack=128 if dtype == torch.float64 else 8)  # float64 is the truth itself
 
 
+# Bytes of a row near each size at which it is treated otherwise: at 48 KiB, less static shared memory, a kernel has to
+# ask for more, and at 112 KiB two rows no longer fit a multiprocessor's shared memory.
+AROUND_LIMITS = [
+    *(48 * 1024 + n for n in (-4096, -528, -420, -416, -412, -280, -216, -24, -16, -8, 0, 8)),
+    *(112 * 1024 + n for n in (-24, -16, -8, 8)),
+]
+
+
+@pytest.mark.parametrize("row_bytes", AROUND_LIMITS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["index", "probability"])
+def test_rows_of_any_size_have_their_gradients_in_shared_memory_or_beyond(row_bytes, dtype, kind):
+    for n_classes in (row_bytes // dtype.itemsize, row_bytes // dtype.itemsize + 1):
+        x = make_values((5, n_classes), dtype)
+        target = to_device(torch.tensor([0, 7, n_classes - 1, n_classes // 2, -100]))
+        if kind == "probability":
+            target = make_values((5, n_classes), torch.float64, seed=3).softmax(1).to(dtype)
+        own, other = (loss_and_grad(function, x, target) for function in (cross_entropy, F.cross_entropy))
+        truth = truth_of(F.cross_entropy, x, target)
+        for a, b, c in zip(own, other, truth, strict=True):
+            assert_no_worse(a, b, c, slack=128 if dtype == torch.float64 else 8)
+
+
+def test_no_call_changes_the_limit_of_shared_memory_that_another_has_set():
+    """Else a thread could lower it between another's setting and launch."""
+    if devices.current() != devices.SHIM_DEVICE:
+        pytest.skip("the shim counts changes")
+    for n_classes in (13_000, 28_000, 12_200, 20_000, 1025):
+        cross_entropy(make_values((5, n_classes)).requires_grad_(), torch.arange(5))
+    assert shim().fastopt_shim_changed_limits() == 0
+
+
 @kinds
 @pytest.mark.parametrize("seed", range(5))
 def test_any_order_of_warps_and_blocks_gives_the_same_bits(options, seed):

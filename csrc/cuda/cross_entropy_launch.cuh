@@ -3,34 +3,32 @@
 
 #include "cuda/cross_entropy.h"
 #include "cuda/cross_entropy_positions.cuh"
+#include "cuda/device.h"
 
 namespace fastopt::cuda {
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kMaxUnaskedSharedBytes = 48 << 10;  // beyond, a kernel must be told
 
-template <class Kernel>
-int launch_kernel(Kernel kernel, const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
-  if (plan.shared_bytes > kMaxUnaskedSharedBytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
-    if (error != cudaSuccess) return error;
+template <auto kKernel>
+int launch_kernel(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
+  if (plan.shared_bytes > 0) {
+    if (const int error = allow_all_shared_memory<kKernel>()) return error;
   }
-  FASTOPT_LAUNCH(kernel, plan.n_blocks, plan.n_threads, plan.shared_bytes, stream, work);
+  FASTOPT_LAUNCH(kKernel, plan.n_blocks, plan.n_threads, plan.shared_bytes, stream, work);
   return cudaGetLastError();
 }
 
 template <class S, bool kIsIndex>
 int launch_rows(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
   switch (plan.road) {
-    case Road::kPositions: return launch_kernel(cross_entropy_positions<S, kIsIndex>, plan, work, stream);
-    case Road::kWarpRows: return launch_kernel(cross_entropy_warp_rows<S, kIsIndex>, plan, work, stream);
-    case Road::kBlockRows: return launch_kernel(cross_entropy_block_rows<S, kIsIndex>, plan, work, stream);
+    case Road::kPositions: return launch_kernel<cross_entropy_positions<S, kIsIndex>>(plan, work, stream);
+    case Road::kWarpRows: return launch_kernel<cross_entropy_warp_rows<S, kIsIndex>>(plan, work, stream);
+    case Road::kBlockRows: return launch_kernel<cross_entropy_block_rows<S, kIsIndex>>(plan, work, stream);
     case Road::kSplitRows: break;
   }
-  const int error = launch_kernel(cross_entropy_split_sums<S, kIsIndex>, plan, work, stream);
+  const int error = launch_kernel<cross_entropy_split_sums<S, kIsIndex>>(plan, work, stream);
   if (error != cudaSuccess) return error;
-  return launch_kernel(cross_entropy_split_rows<S, kIsIndex>, plan, work, stream);
+  return launch_kernel<cross_entropy_split_rows<S, kIsIndex>>(plan, work, stream);
 }
 
 template <class S>

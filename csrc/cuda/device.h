@@ -1,6 +1,9 @@
 // What launches ask of the current device.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+
 #include "cuda/launch.h"
 
 namespace fastopt::cuda {
@@ -22,6 +25,32 @@ inline int current_device(Device* device) {
   ask(&device->shared_bytes_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(&device->max_shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return error;
+}
+
+// Lets launches of a kernel ask for all the shared memory that a block may have on the current device. Without it, a
+// kernel's static and dynamic shared memory together may not exceed 48 KiB. The limit belongs to the kernel and the
+// device, whichever thread launches: each thread sets the same number, so none lowers what another relies on.
+template <auto kKernel>
+int allow_all_shared_memory() {
+  static std::atomic<uint64_t> is_set{0};  // one bit for each device; for those after the 64th it is set every time
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (is_set.load(std::memory_order_acquire) & bit) return cudaSuccess;
+  int max_bytes = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaDeviceGetAttribute(&max_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kKernel);
+  if (error == cudaSuccess) {
+    const int max_dynamic_bytes = max_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_dynamic_bytes);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next launch would report it
+    return error;
+  }
+  is_set.fetch_or(bit, std::memory_order_release);
+  return cudaSuccess;
 }
 
 }  // namespace fastopt::cuda
