@@ -109,6 +109,20 @@ MUTANTS = [
         LOSS,
     ),
     Mutant(
+        "static shared memory does not count when a kernel is to ask for more",
+        "cross_entropy_launch.cuh",
+        "if (plan.shared_bytes > 0)",
+        "if (plan.shared_bytes > 48 * 1024)",
+        LOSS,
+    ),
+    Mutant(
+        "static shared memory does not count in what a kernel asks for",
+        "device.h",
+        "max_bytes - static_cast<int>(attributes.sharedSizeBytes)",
+        "max_bytes",
+        LOSS,
+    ),
+    Mutant(
         "a chunk goes to the entry before", "update_kernel.cuh", "first_chunk <= chunk", "first_chunk < chunk", UPDATE
     ),
     Mutant(
@@ -163,7 +177,7 @@ fastopt._native.module().load_host_shim(sys.argv[1])
 shim = ctypes.CDLL(sys.argv[1])
 for seed in (-1, 0, 1, 2):
     shim.fastopt_shim_seed(ctypes.c_longlong(seed))
-    for shape in ((300, 10), (40, 41), (5, 1025), (15, 8193), (2, 16_385)):
+    for shape in ((300, 10), (40, 41), (5, 1025), (15, 8193), (4, 12_200), (2, 16_385)):
         x, target = 0.1 * make_values(shape), torch.arange(shape[0]) % shape[1]
         target[-1] = shape[1] - 1
         own = loss_and_grad(fastopt.functional.cross_entropy, x, target, torch.tensor(3.0))
