@@ -38,6 +38,7 @@ NAMED = {  # as torch reads them, in its order: longer names first
 NAME_ARCHS = "set TORCH_CUDA_ARCH_LIST to a list such as 8.0;9.0+PTX, or unset it"
 USUAL_TOOLKIT = "/usr/local/cuda"
 PIP_FOLDERS = "nvidia/*"  # in an entry of sys.path; one for each major version
+OLDEST_CUDA = "12.1"  # of nvcc and driver: kernels with more than 4096 bytes of arguments need it
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CXX")  # from the environment
 # What to do about a failure, by what nvcc printed.
 HOST_TOO_NEW = r"unsupported (GNU|clang) version"
@@ -62,6 +63,9 @@ class Nvcc:
     def release(self):
         found = re.search(r"V(\d[\d.]*)", self.version)
         return found.group(1) if found else "of unknown version"
+
+    def is_too_old(self):
+        return bool(_numbers(self.release)) and _numbers(self.release) < _numbers(OLDEST_CUDA)
 
     def __str__(self):
         return f"nvcc {self.release} ({self.command})"
@@ -93,19 +97,23 @@ def find_nvcc():
     """The nvcc of ``CUDA_HOME`` or ``CUDA_PATH``, on the path, in the usual place, or in pip's packages.
 
     Raises:
-        NoNvcc: there is none, or none runs.
+        NoNvcc: there is none, none runs, or all are too old.
     """
-    broken = None
+    unfit = None
     for command, include_dirs, library_dirs in _candidates():
         try:
             version = _ask([command, "--version"])
         except OSError as error:
-            broken = f"{command} cannot be run: {error.strerror}"
+            unfit = f"{command} cannot be run: {error.strerror}"
             continue
-        if version:
-            return Nvcc(command, version, include_dirs, library_dirs)
-        broken = f"{command} is broken: --version fails"
-    raise NoNvcc(broken or "nvcc not found", install_nvcc())
+        nvcc = Nvcc(command, version, include_dirs, library_dirs)
+        if not version:
+            unfit = f"{command} is broken: --version fails"
+        elif nvcc.is_too_old():
+            unfit = f"{nvcc} is too old: the kernels need {OLDEST_CUDA} or later"
+        else:
+            return nvcc
+    raise NoNvcc(unfit or "nvcc not found", install_nvcc())
 
 
 def install_nvcc():
@@ -290,6 +298,11 @@ def _candidates():
             parts = [folder, *(other for other in folders if other.name == folder.name and other != folder)]
             include_dirs = [part / name for part in parts for name in ("include", "include/cccl")]
             yield str(folder / "bin/nvcc"), _that_exist(include_dirs), _that_exist([part / "lib" for part in parts])
+
+
+def _numbers(release):
+    """Of a version such as 13.0.88, the first two."""
+    return [int(number) for number in re.findall(r"\d+", release)[:2]]
 
 
 def _that_exist(folders):

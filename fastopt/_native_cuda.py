@@ -52,7 +52,8 @@ def open_with(extension, library):
         extension.load_cuda(str(library))
     except RuntimeError as error:
         nvcc = _jit.read_identity(library).get("nvcc")
-        remedy = f"it was compiled with nvcc {nvcc}: install a driver for that CUDA, or compile with an older nvcc"
+        remedy = f"it was compiled with nvcc {nvcc}: install a driver for that CUDA, or compile with an older nvcc; "
+        remedy += f"both must be of CUDA {_build_cuda.OLDEST_CUDA} or later"
         raise BuildError(str(error).partition("\n")[0], remedy) from error
 
 

@@ -167,6 +167,17 @@ def test_broken_nvcc_is_passed_over_or_named(cuda, body):
     assert cuda.run_cuda() == ("{True}", COMPILED)
 
 
+@pytest.mark.parametrize(("version", "serves"), [("11.8.89", False), ("12.0.140", False), ("12.1.66", True)])
+def test_nvcc_that_is_too_old_is_passed_over_or_named(cuda, version, serves):
+    old = cuda.add_nvcc("bin", FAKE_NVCC.replace("V13.0.88", f"V{version}"))
+    out, err = cuda.run_cuda()
+    assert out == f"{{{serves}}}"
+    if not serves:
+        assert_one_warning(err, f"nvcc {version} ({old}) is too old: the kernels need 12.1 or later", "pip install")
+        newer = cuda.add_nvcc("usual/bin")
+        assert cuda.run_cuda(WHICH)[0].split()[0] == newer
+
+
 def test_no_nvcc_leaves_cuda_tensors_to_torch_after_one_warning(cuda):
     out, err = cuda.run_cuda()
     assert out == "{False}"

@@ -336,6 +336,33 @@ def test_a_failed_launch_is_reported_with_what_and_where():
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
+class Library(ctypes.Structure):
+    """The head of what the library exports, as csrc/cuda/library.h has it."""
+
+    _fields_ = (
+        ("interface_version", ctypes.c_int32),
+        ("is_host_shim", ctypes.c_bool),
+        ("architectures", ctypes.c_char_p),
+        ("error_text", ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int)),
+        ("probe", ctypes.CFUNCTYPE(ctypes.c_int)),
+    )
+
+
+@pytest.mark.parametrize(("driver", "serves"), [(12000, False), (12009, False), (12010, True), (13000, True)])
+def test_a_driver_that_cannot_launch_the_kernels_is_named(monkeypatch, driver, serves):
+    if devices.current() != devices.SHIM_DEVICE:
+        pytest.skip("the shim has any driver")
+    function = shim().fastopt_cuda_library
+    function.restype = ctypes.POINTER(Library)
+    library = function().contents
+    assert library.is_host_shim
+    monkeypatch.setenv("FASTOPT_SHIM_DRIVER", str(driver))
+    error = library.probe()
+    assert (error == 0) == serves
+    if not serves:
+        assert b"the driver is older than CUDA 12.1" in library.error_text(error)
+
+
 def test_only_a_shim_is_taken_for_one(tmp_path):
     if devices.current() != devices.SHIM_DEVICE:
         pytest.skip("the shim's own")

@@ -16,13 +16,24 @@ namespace {
 
 cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream); }
 
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+// Kernels with more than 4096 bytes of arguments need a driver for CUDA 12.1. An older one may serve the runtime all
+// the same, as each driver does for all of its major version.
+constexpr int kOldestDriver = 12010;
+constexpr int kDriverTooOld = -1;  // none of the runtime's errors
+
+const char* error_text(int error) {
+  if (error == kDriverTooOld) return "the driver is older than CUDA 12.1, which kernels with 32 KB of arguments need";
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
 
 int probe() {
-  int n_devices = 0;
-  const cudaError_t error = cudaGetDeviceCount(&n_devices);
+  int n_devices = 0, driver = 0;
+  cudaError_t error = cudaGetDeviceCount(&n_devices);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
   cudaGetLastError();  // an error here is an answer, not the next launch's
-  return error != cudaSuccess ? error : n_devices > 0 ? cudaSuccess : cudaErrorNoDevice;
+  if (error != cudaSuccess) return error;
+  if (n_devices == 0) return cudaErrorNoDevice;
+  return driver >= kOldestDriver ? cudaSuccess : kDriverTooOld;
 }
 
 int is_capturing(Stream stream, bool* is_capturing) {

@@ -92,7 +92,7 @@ struct Library {
   bool is_host_shim;          // its kernels run on the CPU, on memory of the CPU
   const char* architectures;  // "80,86,90"
   const char* (*error_text)(int error);
-  int (*probe)();  // whether the driver serves this library's runtime
+  int (*probe)();  // 0 if the driver serves this library; any other number is for error_text
   int (*is_capturing)(Stream stream, bool* is_capturing);
   int (*multiprocessors)(int* count);  // of the current device
   int (*update)(const Update& update, Stream stream);

@@ -9,7 +9,8 @@
 namespace fastopt::cuda {
 
 constexpr int kUpdateThreads = 256;
-constexpr size_t kMaxArgumentBytes = 32764;  // CUDA 12.1 and later, on every architecture since Volta
+// With nvcc and driver of CUDA 12.1 or later, as _build_cuda.py and library.cu check; every architecture since Volta.
+constexpr size_t kMaxArgumentBytes = 32764;
 
 template <int kCapacity>
 struct UpdateArguments {

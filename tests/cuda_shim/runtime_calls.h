@@ -89,22 +89,27 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;
 }
+namespace [[gnu::visibility("hidden")]] fastopt_shim {
+
+inline int number_from_environment(const char* name, int otherwise) {
+  const char* value = getenv(name);
+  const int number = value ? atoi(value) : 0;
+  return number > 0 ? number : otherwise;
+}
+
+// Few, so that grids sized to the device stay small.
+inline int multiprocessors() { return number_from_environment("FASTOPT_SHIM_MULTIPROCESSORS", 4); }
+
+}  // namespace fastopt_shim
+
 inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = fastopt_shim::number_from_environment("FASTOPT_SHIM_DRIVER", 13000);
+  return cudaSuccess;
+}
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = 13000;
   return cudaSuccess;
 }
-inline cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
-
-namespace [[gnu::visibility("hidden")]] fastopt_shim {
-
-// Few, so that grids sized to the device stay small.
-inline int multiprocessors() {
-  const char* value = getenv("FASTOPT_SHIM_MULTIPROCESSORS");
-  const int count = value ? atoi(value) : 0;
-  return count > 0 ? count : 4;
-}
-
-}  // namespace fastopt_shim
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return fastopt_shim::record(cudaErrorInvalidDevice);
