@@ -4,7 +4,7 @@ A library is loaded only if it was built for exactly this torch and these source
 compiled, the reference path serves, after one warning. Nothing is settled before the first use.
 
 The kernels for CUDA are in a library of their own, which the first CUDA tensor makes the extension open. Where there is
-none, torch serves CUDA tensors.
+none, torch serves CUDA tensors; a torch for ROCm, whose GPU tensors are CUDA tensors too, gets no library.
 """
 
 import importlib.util
@@ -251,7 +251,7 @@ def _how_compiled(library):
 def _settle_cuda():
     """Decide what serves CUDA tensors in this process; compile if need be; warn, once, if that fails."""
     global _served_cuda
-    backend, extension = wanted_backend(), module()
+    backend, extension = wanted_backend(), None if torch.version.hip else module()
     with _lock:
         if _served_cuda is not None:
             return _served_cuda
@@ -272,6 +272,8 @@ def _without_cuda(has_extension):
     """What serves where kernels for CUDA are not even looked for, or None."""
     if wanted_backend() == "reference":
         return _reference()
+    if torch.version.hip:
+        return Served(None, "this torch is for ROCm, and the kernels are for CUDA")
     if _build_cuda.wanted() is False:
         return Served(None, "FASTOPT_CUDA=0")
     if not has_extension:  # of which the user has been warned

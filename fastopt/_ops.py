@@ -141,7 +141,7 @@ def _until_loaded(operator):
         device = _device_type(args)
         if device not in looked_for and not torch.compiler.is_compiling():
             looked_for.add(device)
-            if _native.module() is not None and (device == "cpu" or (device == "cuda" and _native.cuda())):
+            if (device == "cpu" and _native.module() is not None) or (device == "cuda" and _native.cuda()):
                 return getattr(torch.ops.fastopt, operator.name)(*args, **kwargs)
         return operator.reference(*args, **kwargs)
 

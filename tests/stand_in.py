@@ -109,11 +109,11 @@ class Package:
         log = self.root / "nvcc.log"
         return script(self.root / folder / "nvcc", body.format(path=os.environ["PATH"], log=log))
 
-    def run_cuda(self, code=USE_CUDA, gpus=((9, 0),), torch_cuda="13.0", **env):
-        """As ``run``, on a machine with those GPUs, a torch with that CUDA, and no nvcc but those added."""
+    def run_cuda(self, code=USE_CUDA, gpus=((9, 0),), torch_cuda="13.0", torch_hip=None, **env):
+        """As ``run``, on a machine with those GPUs, a torch with that CUDA or ROCm, and no nvcc but those added."""
         pretend = f"""
             import torch
-            torch.version.cuda = {torch_cuda!r}
+            torch.version.cuda, torch.version.hip = {torch_cuda!r}, {torch_hip!r}
             torch.cuda.device_count = {gpus!r}.__len__
             torch.cuda.get_device_capability = {gpus!r}.__getitem__
         """

@@ -301,6 +301,14 @@ def test_kernels_that_are_not_asked_for_are_not_compiled(with_nvcc, env):
     assert with_nvcc.nvcc_calls() == []
 
 
+@pytest.mark.parametrize("env", [{}, {"FASTOPT_BACKEND": "native"}, {"FASTOPT_CUDA": "1"}, {"CXX": "/nonexistent/c++"}])
+def test_torch_for_rocm_keeps_its_tensors_without_a_warning(with_nvcc, env):
+    rocm = {"torch_cuda": None, "torch_hip": "7.0.51831"}
+    out, err = with_nvcc.run_cuda(USE_CUDA + INFO, **rocm, **env)
+    assert (out.splitlines(), err) == (["{False}", "none: this torch is for ROCm, and the kernels are for CUDA"], "")
+    assert with_nvcc.nvcc_calls() == []
+
+
 def test_native_backend_raises_with_the_reason_for_cuda(cuda):
     _, err = cuda.run_cuda(FASTOPT_BACKEND="native")
     assert "RuntimeError: FASTOPT_BACKEND=native, but the CUDA kernels cannot be used: nvcc not found" in err
@@ -380,6 +388,7 @@ def test_cuda_library_from_installation_that_does_not_fit_is_not_opened(compiled
     [
         ({}, "not looked at yet: the first CUDA tensor, or python -m fastopt build, finds or compiles them with nvcc"),
         ({"torch_cuda": None}, "none: this torch is built without CUDA"),
+        ({"torch_cuda": None, "torch_hip": "7.0.51831"}, "none: this torch is for ROCm"),
         ({"FASTOPT_CUDA": "0"}, "none: FASTOPT_CUDA=0"),
         ({"FASTOPT_BACKEND": "reference"}, "none: FASTOPT_BACKEND=reference"),
         ({"PATH": "/nonexistent", "CXX": shutil.which("c++")}, "none: nvcc not found; pip install 'nvidia-cuda-nvcc"),
