@@ -27,7 +27,9 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         amsgrad: divide by the largest second moment so far. Default: False
         foreach, fused: accepted with torch's meaning; the step is fused in any case.
         maximize: ascend instead of descend. Default: False
-        capturable, differentiable: take torch's own step. Default: False
+        capturable: keep ``step`` on the parameter's CUDA device, so that steps can be captured into a CUDA graph; the
+            kernels read and count it there. An error on the CPU, as in torch. Default: False
+        differentiable: take torch's own step. Default: False
         decoupled_weight_decay: decay parameters directly, as AdamW does. Default: False
 
     State of a parameter: ``step``, ``exp_avg``, ``exp_avg_sq``, and ``max_exp_avg_sq`` if amsgrad.

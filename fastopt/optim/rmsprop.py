@@ -26,7 +26,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         weight_decay: L2 penalty. Default: 0
         momentum: momentum factor. Default: 0
         centered: divide by an estimate of the standard deviation. Default: False
-        capturable, differentiable: take torch's own step. Default: False
+        capturable: keep ``step`` on the parameter's CUDA device, so that steps can be captured into a CUDA graph; the
+            kernels read and count it there. An error on the CPU, as in torch. Default: False
+        differentiable: take torch's own step. Default: False
         foreach: accepted with torch's meaning; the step is fused in any case.
         maximize: ascend instead of descend. Default: False
 
