@@ -1,15 +1,17 @@
 // Divides a cross-entropy problem into tasks of fixed size, whatever the number of threads, and runs them.
 #include "cpu/cross_entropy.h"
 
-#include <algorithm>  // max, min
+#include <algorithm>  // clamp, max, min
 #include <atomic>
 #include <cinttypes>  // SCNd64
 #include <cstdio>     // fopen, fscanf
 #include <vector>
 
+#include "cpu/cross_entropy_gathered.h"
 #include "cpu/cross_entropy_row_run.h"
 #include "cpu/cross_entropy_run.h"
 #include "cpu/cross_entropy_tile.h"
+#include "cpu/scratch.h"
 #include "cpu/tile_copies.h"
 
 namespace fastopt::cpu {
@@ -23,8 +25,32 @@ constexpr int64_t kMinLogitsPerThread = 4096;
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kMaxRun = 512;
+// Columns of more classes, and wide ones of fewer positions, are copied into rows.
+constexpr int64_t kMaxTileClasses = 4096;
+constexpr int64_t kMinTilePositions = 16;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+enum class Walk : int8_t { kTiles, kRows, kGathered };
+
+Walk walk_of(const LogitLayout& layout) {
+  if (layout.n_classes <= kMaxNarrowClasses) return Walk::kTiles;
+  if (layout.is_rows()) return Walk::kRows;
+  const bool is_large = layout.n_classes > kMaxTileClasses || layout.n_inner < kMinTilePositions;
+  return is_large ? Walk::kGathered : Walk::kTiles;
+}
+
+// Positions of one task, the same whatever the number of threads: a whole number of tiles, or of rows.
+int64_t task_width(const LogitLayout& layout, Walk walk) {
+  const int64_t n_logits = layout.is_rows() ? kLogitsPerTask : kTileElements;
+  const int64_t width = std::max<int64_t>(n_logits / layout.n_classes, 1);
+  switch (walk) {
+    case Walk::kRows: return width;
+    case Walk::kTiles: return std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
+    // Whole lines, or a share of the positions for each of a few threads.
+    default: return std::clamp<int64_t>(divide_up(layout.n_outer * layout.n_inner, 4), 1, kMaxGathered / 2);
+  }
+}
 
 // The last cache that a processor shares with its neighbours. sysconf gives the sum of all of them on some machines.
 int64_t last_level_cache() {
@@ -74,7 +100,7 @@ double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) 
 
   // Lanes past the last position compute on zeros, so that no vector is left to a scalar loop.
   const int64_t width = divide_up(n, kTileWidth) * kTileWidth;
-  T* buffer = scratch<T>(n_classes * width, 0);
+  T* buffer = p.logits_layout.is_rows() ? scratch<T>(n_classes * width, 0) : nullptr;
   const auto read = [&](const void* from, const LogitLayout& layout, int slot) {
     const TilePlace place = TilePlace::of(layout, outer, first, n);
     T* to = scratch<T>(n_classes * width, slot);
@@ -113,6 +139,12 @@ double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) 
     write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer, run.streams);
   }
   return sum.total();
+}
+
+template <class F>
+void with_logit_type(const CrossEntropyProblem& p, F&& f) {
+  if (p.dtype == DType::kFloat16 && p.grad && p.is_grad_final) return f(FinalHalf{});
+  with_stored_type(p.dtype, f);
 }
 
 template <class F>
@@ -191,23 +223,21 @@ double sum_weights(const CrossEntropyProblem& p) {
 
 int64_t stream_beyond(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
 
-bool has_totals(const LogitLayout& layout) { return layout.is_rows() && layout.n_classes > kMaxNarrowClasses; }
+bool has_totals(const LogitLayout& layout) { return walk_of(layout) == Walk::kRows; }
 
 bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double* loss_sum) {
   const LogitLayout& layout = p.logits_layout;
   const int64_t n_classes = layout.n_classes;
   const bool is_rows = layout.is_rows();
-  const bool is_tiled = !has_totals(layout);
-  // Positions of one task: a whole number of tiles, or of rows.
-  int64_t width = std::max<int64_t>((is_rows ? kLogitsPerTask : kTileElements) / n_classes, 1);
-  if (is_tiled) width = std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
+  const Walk walk = walk_of(layout);
+  const int64_t width = task_width(layout, walk);
   const int64_t n_line = is_rows ? layout.n_outer : layout.n_inner;
   const int64_t tasks_per_line = divide_up(n_line, width);
   const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
 
   CrossEntropyRun run{p, streams_gradient(p)};
   std::vector<double> sums(n_tasks);
-  with_stored_type(p.dtype, [&](auto stored) {
+  with_logit_type(p, [&](auto stored) {
     using S = decltype(stored);
     with_kind(p.kind(), [&](auto kind) {
       with_bool(p.grad != nullptr, [&](auto wants_grad) {
@@ -218,11 +248,15 @@ bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double*
           RowRun<S, kTarget, kWantsGrad> run_rows(run);
           for (int64_t task = next(); task < n_tasks; task = next()) {
             const int64_t first = (task % tasks_per_line) * width;
-            const int64_t n = std::min(width, n_line - first);
-            sums[task] = is_tiled ? run_tiles<S, kTarget, kWantsGrad>(run, task / tasks_per_line, first, n)
-                                  : run_rows(first, first + n);
+            const int64_t n = std::min(width, n_line - first), outer = task / tasks_per_line;
+            switch (walk) {
+              case Walk::kTiles: sums[task] = run_tiles<S, kTarget, kWantsGrad>(run, outer, first, n); break;
+              case Walk::kRows: sums[task] = run_rows(first, first + n); break;
+              case Walk::kGathered: sums[task] = run_gathered<S, kTarget, kWantsGrad>(run, outer, first, n); break;
+            }
           }
           run_rows.end();
+          release_large_scratch();
           if (run.streams) end_streaming();
         });
       });

@@ -1,24 +1,11 @@
-// Wide rows one after the other, and the memory that a thread keeps for them.
+// Wide rows, one after the other.
 #pragma once
-
-#include <vector>
 
 #include "cpu/cross_entropy_row.h"
 #include "cpu/cross_entropy_run.h"
+#include "cpu/scratch.h"
 
 namespace fastopt::cpu {
-
-// Memory of one thread that outlives a call, in whole cache lines; grows to the widest row it has seen.
-template <class T>
-T* scratch(int64_t n, int slot) {
-  struct alignas(kLineBytes) Line {
-    T values[kLineBytes / sizeof(T)];
-  };
-  thread_local std::vector<Line> buffers[3];
-  const size_t n_lines = n * sizeof(T) / kLineBytes + 1;
-  if (buffers[slot].size() < n_lines) buffers[slot].resize(n_lines);
-  return buffers[slot].data()->values;
-}
 
 template <class T>
 TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
@@ -27,7 +14,15 @@ TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
   return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
 }
 
-// Wide rows, one after the other.
+// Takes the target of a position into its row and terms; false if it is ignored.
+template <class S, class T>
+bool read_target(CrossEntropyRun& run, int64_t position, Row<S>& row, TargetTerms<T>& terms) {
+  run.copy_targets(position, 1, &row.target);
+  if (row.target == run.problem.ignore_index || !is_class(row.target, row.n_classes)) return false;
+  if (terms.weight) terms.on *= terms.weight[row.target];
+  return true;
+}
+
 template <class S, TargetKind kTarget, bool kWantsGrad>
 class RowRun {
   using T = compute_t<S>;
@@ -35,16 +30,14 @@ class RowRun {
 
  public:
   explicit RowRun(CrossEntropyRun& run)
-      : run_(run), p_(run.problem), shared_terms_(target_terms<T>(run.problem)), streams_(run.streams) {
-    const int64_t n_classes = p_.logits_layout.n_classes;
-    if constexpr (kWantsGrad) {
-      offsets_ = scratch<double>(n_classes / kRowBlock + 1, 0);
-      exps_ = scratch<T>(n_classes, 1);
-    }
-  }
+      : run_(run), p_(run.problem), shared_terms_(target_terms<T>(run.problem)), streams_(run.streams) {}
 
   // The sum of the rows' losses. The last row's gradient is not written yet.
   double operator()(int64_t begin, int64_t end) {
+    if constexpr (kWantsGrad) {  // the same memory at each call
+      offsets_ = scratch<double>(p_.logits_layout.n_classes / kRowBlock + 1, 0);
+      exps_ = scratch<T>(p_.logits_layout.n_classes, 1);
+    }
     CompensatedSum sum;
     for (int64_t i = begin; i < end; ++i) {
       const double loss = row_loss(i);
@@ -72,12 +65,10 @@ class RowRun {
     row.offsets = offsets_;
     TargetTerms<T> terms = shared_terms_;
     if constexpr (kHasTarget) {
-      run_.copy_targets(i, 1, &row.target);
-      if (row.target == p_.ignore_index || !is_class(row.target, row.n_classes)) {
+      if (!read_target(run_, i, row, terms)) {
         if constexpr (kWantsGrad) memset(static_cast<void*>(row.grad), 0, row.n_classes * sizeof(*row.grad));
         return 0;
       }
-      if (terms.weight) terms.on *= terms.weight[row.target];
     } else {
       row.probabilities = static_cast<const S*>(p_.probabilities) + i * p_.probabilities_layout.outer_stride;
     }

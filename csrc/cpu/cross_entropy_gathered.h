@@ -1,0 +1,116 @@
+// Columns of many classes, a few positions at a time, copied into rows: a tile has 64 lanes for however few positions,
+// and takes 64 numbers a class.
+#pragma once
+
+#include <algorithm>    // min
+#include <type_traits>  // is_same_v
+
+#include "cpu/cross_entropy_row.h"
+#include "cpu/cross_entropy_row_run.h"
+#include "cpu/cross_entropy_run.h"
+#include "cpu/scratch.h"
+#include "cpu/tile_copies.h"
+
+namespace fastopt::cpu {
+
+constexpr int64_t kMaxGathered = 32;      // positions: a line of the smallest numbers
+constexpr int64_t kGatheredClasses = 64;  // that are copied at once
+
+// rows[j * row_stride + c] = from[c * class_stride + j] for the view's classes c and positions j.
+template <class S>
+FASTOPT_CLONES void gather_rows(const S* from, const TileView& view, compute_t<S>* rows, int64_t row_stride) {
+  using T = compute_t<S>;
+  const int64_t stride = view.class_stride;
+  for (int64_t c = 0; c < view.n_classes; c += kGatheredClasses) {
+    const int64_t n = std::min(kGatheredClasses, view.n_classes - c);
+    if constexpr (std::is_same_v<S, T>) {
+      transpose(from + c * stride, stride, rows + c, row_stride, n, view.n);
+    } else {
+      T buffer[kGatheredClasses * kMaxGathered];
+      if (stride == view.n) {
+        convert(from + c * stride, buffer, n * view.n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) convert(from + (c + i) * stride, buffer + i * view.n, view.n);
+      }
+      transpose(buffer, view.n, rows + c, row_stride, n, view.n);
+    }
+  }
+}
+
+// The other way round.
+template <class T, class G>
+FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const TileView& view) {
+  const int64_t stride = view.class_stride;
+  for (int64_t c = 0; c < view.n_classes; c += kGatheredClasses) {
+    const int64_t n = std::min(kGatheredClasses, view.n_classes - c);
+    if constexpr (std::is_same_v<T, G>) {
+      transpose(rows + c, row_stride, to + c * stride, stride, view.n, n);
+    } else {
+      T buffer[kGatheredClasses * kMaxGathered];
+      transpose(rows + c, row_stride, buffer, view.n, view.n, n);
+      if (stride == view.n) {
+        convert(buffer, to + c * stride, n * view.n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) convert(buffer + i * view.n, to + (c + i) * stride, view.n);
+      }
+    }
+  }
+}
+
+// `n` positions from `first` of image `outer`; the sum of their losses.
+template <class S, TargetKind kTarget, bool kWantsGrad>
+double run_gathered(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) {
+  using T = compute_t<S>;
+  const CrossEntropyProblem& p = run.problem;
+  const int64_t n_classes = p.logits_layout.n_classes;
+  const int64_t position = outer * p.logits_layout.n_inner + first;
+  // A line more, or rows of a power of two would be in each other's way in the caches.
+  const int64_t row_stride = (n_classes / kGatheredClasses + 2) * kGatheredClasses;
+  const auto gather = [&](const void* from, const LogitLayout& layout, int slot) {
+    T* rows = scratch<T>(n * row_stride, slot);
+    const S* begin = static_cast<const S*>(from) + outer * layout.outer_stride + first;
+    gather_rows(begin, {layout.class_stride, 1, n_classes, n}, rows, row_stride);
+    return rows;
+  };
+  T* rows = gather(p.logits, p.logits_layout, 1);
+  const T* probabilities = nullptr;
+  if constexpr (!has_index(kTarget)) probabilities = gather(p.probabilities, p.probabilities_layout, 2);
+  double* offsets = scratch<double>(n_classes / kRowBlock + 1, 0);
+
+  CompensatedSum sum;
+  for (int64_t j = 0; j < n; ++j) {
+    Row<T> row{};
+    row.n_classes = n_classes;
+    row.logits = row.grad = row.exps = rows + j * row_stride;
+    row.offsets = offsets;
+    TargetTerms<T> terms = target_terms<T>(p);
+    double loss = 0;
+    bool is_kept = true;
+    if constexpr (has_index(kTarget)) {
+      is_kept = read_target(run, position + j, row, terms);
+    } else {
+      row.probabilities = probabilities + j * row_stride;
+    }
+    if (is_kept) {
+      RowTotals totals;
+      RowGradient<T, kTarget> gradient;
+      loss = read_row<T, kTarget, kWantsGrad>(row, terms, totals, gradient);
+      if constexpr (kWantsGrad) {
+        gradient.begin(row, terms, totals, p.grad_scale, /*streams=*/false);
+        write_row(gradient);
+      }
+    } else if constexpr (kWantsGrad) {
+      memset(row.grad, 0, n_classes * sizeof(T));
+    }
+    if (p.losses) store(static_cast<S*>(p.losses)[position + j], static_cast<T>(loss));
+    sum.add(loss);
+  }
+  if constexpr (kWantsGrad) {
+    const LogitLayout& layout = p.grad_layout;
+    auto* to = static_cast<gradient_t<S>*>(p.grad) + outer * layout.outer_stride + first;
+    scatter_rows(rows, row_stride, to, {layout.class_stride, 1, n_classes, n});
+  }
+  return sum.total();
+}
+
+}  // namespace fastopt::cpu
