@@ -6,9 +6,8 @@
 // Class probabilities y:                        q_c = w_c ((1 - s) y_c + s / C)
 #pragma once
 
-#include <cmath>        // exp, log
-#include <limits>       // numeric_limits
-#include <type_traits>  // conditional_t, is_same_v
+#include <cmath>   // exp, log
+#include <limits>  // numeric_limits
 
 #include "common.h"
 
@@ -27,9 +26,24 @@ struct LogitLayout {
   FASTOPT_HD bool is_rows() const { return n_inner == 1 && class_stride == 1; }
 };
 
-// Float16 cannot hold a gradient before it is multiplied by a loss scaler's factor, so it is kept in float.
+// Float16 logits whose gradient is all but stored: nothing multiplies it later.
+struct FinalHalf : Half {};
+
+// Float16 cannot hold a gradient before it is multiplied by a loss scaler's factor, so until then it is kept in float.
 template <class S>
-using gradient_t = std::conditional_t<std::is_same_v<S, Half>, float, S>;
+struct GradientType {
+  using type = S;
+};
+template <>
+struct GradientType<Half> {
+  using type = float;
+};
+template <>
+struct GradientType<FinalHalf> {
+  using type = Half;
+};
+template <class S>
+using gradient_t = typename GradientType<S>::type;
 
 // What a row's gradient needs of all its logits.
 struct RowTotals {
@@ -52,8 +66,9 @@ struct CrossEntropyProblem {
   const void* weight;  // of each class, in the compute type, or null
   int64_t ignore_index;
   double label_smoothing;
-  double weight_sum;  // of all classes; n_classes if weight is null or nothing is smoothed
-  void* grad;         // d loss / d logits times grad_scale, or null; float for float16 logits, else dtype
+  double weight_sum;   // of all classes; n_classes if weight is null or nothing is smoothed
+  void* grad;          // d loss / d logits times grad_scale, or null; float for float16 logits, else dtype
+  bool is_grad_final;  // of float16 logits, on the CPU: the gradient is float16, too
   LogitLayout grad_layout;
   double grad_scale;
   void* losses;       // of each position, or null

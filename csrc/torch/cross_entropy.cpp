@@ -14,6 +14,7 @@
 #include "torch/cross_entropy_kernel.h"
 #include "torch/cross_entropy_node.h"
 #include "torch/operators.h"
+#include "torch/scale_gradient.h"
 
 namespace fastopt {
 namespace {

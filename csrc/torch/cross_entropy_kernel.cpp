@@ -156,9 +156,10 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   problem.logits_layout = *layout;
   problem.logits = input.const_data_ptr();
   at::Tensor grad;
-  if (memory == GradientMemory::kLogits && input.is_same(a.input) && !is_half) {
+  if (memory == GradientMemory::kLogits && input.is_same(a.input) && !(is_half && is_cuda)) {
     grad = input.alias();
     problem.grad_layout = *layout;
+    problem.is_grad_final = is_half;
   } else if (memory != GradientMemory::kNone) {
     grad = empty_like_logits(input, strides, is_half ? at::kFloat : input.scalar_type());
     problem.grad_layout = *dense_layout;

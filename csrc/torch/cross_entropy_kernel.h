@@ -28,9 +28,9 @@ bool kernel_takes(const CrossEntropyArguments& arguments);
 enum class GradientMemory : int8_t { kNone, kFresh, kLogits };
 
 // Loss, and `factor` times the gradient of the reduced loss with respect to input if wanted (undefined if not); of each
-// row's own loss for reduction none; `factor` is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input.
-// Over the logits it goes only where they can be walked as they lie and have the gradient's dtype. Raises IndexError
-// for a target that is not a class.
+// row's own loss for reduction none; `factor` is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input,
+// so that a large factor may follow. Over the logits it goes only where they can be walked as they lie, as float16 on
+// the CPU only. Raises IndexError for a target that is not a class.
 //
 // Loss first and gradient later, of the same logits: `totals` given without a gradient take what the gradient needs of
 // each row, where the kernel finds it; given back with one, they spare it the search, and the loss is undefined.

@@ -17,7 +17,7 @@
 #include <type_traits>  // is_same_v
 
 #include "torch/context.h"
-#include "torch/cross_entropy_cuda.h"
+#include "torch/scale_gradient.h"
 
 namespace fastopt {
 namespace {
@@ -30,13 +30,6 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
                              .findSchemaOrThrow("fastopt::cross_entropy_backward", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
   return op.call(grad_output, grad, input);
-}
-
-// The loss's own gradient so that it multiplies that of the logits, whose type it takes.
-at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
-  const bool has_dims = grad_output.dim() > 0 || grad.dim() == 1;
-  const at::Tensor factor = has_dims ? grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1) : grad_output;
-  return factor.scalar_type() == grad.scalar_type() ? factor : factor.to(grad.scalar_type());
 }
 
 // The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
@@ -137,9 +130,11 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const at::Tensor& logits = saved.input;
     at::AutoDispatchBelowADInplaceOrView guard;
     const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
+    // float16 must be multiplied before it is rounded.
+    const auto memory = number || dtype != at::kHalf ? GradientMemory::kLogits : GradientMemory::kFresh;
     auto grad = std::get<1>(cross_entropy_kernel(
-        {logits, saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(), label_smoothing},
-        GradientMemory::kLogits, number.value_or(1), &totals));
+        {logits, saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(), label_smoothing}, memory,
+        number.value_or(1), &totals));
     if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
     if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
     torch::autograd::increment_version(logits);
@@ -210,21 +205,6 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
           .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
                                                     int64_t, c10::SymInt, double, bool)>();
   return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad);
-}
-
-at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
-  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
-  if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
-    return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
-  }
-  check_backed(grad_output, "grad_output");
-  const at::Tensor factor = factor_of(grad_output, grad);
-  if (const auto value = number_in(grad_output); value == 1.0) {
-    if (grad.scalar_type() != dtype) return grad.to(dtype);
-    return may_reuse ? grad : grad.clone();  // what is kept for another backward is not given away
-  }
-  if (may_reuse && grad.scalar_type() == dtype) return grad.mul_(factor);
-  return at::mul(grad, factor).to(dtype);
 }
 
 void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,

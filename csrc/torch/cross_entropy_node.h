@@ -25,9 +25,6 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
                                                 const OptionalTensor& weight, int64_t reduction,
                                                 c10::SymInt ignore_index, double label_smoothing, bool wants_grad);
 
-// Multiplies the gradient of the loss by the loss's own gradient: a number, or one for each position.
-at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse);
-
 // Makes loss a function of the arguments' input. `grad` was computed with it; is_plain: on an ordinary tensor, not on a
 // traced one; is_in_place: in the backward it will be, over the logits, with the totals that the loss has left.
 void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,

@@ -4,22 +4,19 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
-#include <cstdlib>  // free, posix_memalign
+#include <cstdlib>  // free
 #include <cstring>  // memcpy
 #include <mutex>
 #include <utility>  // exchange
-#if defined(__linux__)
-#include <sys/mman.h>  // madvise
-#endif
+
+#include "cpu/pages.h"
 
 namespace fastopt {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
-
 struct Block {
   void* data = nullptr;
-  size_t capacity = 0;
+  size_t capacity = 0;  // bytes
 };
 
 // One block, so that what is kept never exceeds what was in use. The lock is only tried: a child forked while another
@@ -53,27 +50,27 @@ KeptBlock& kept_block() {
 }
 
 Block new_block(size_t n) {
-  Block block{nullptr, (n + kHugePage - 1) / kHugePage * kHugePage};
-#if defined(__linux__)
-  // Not by THP_MEM_ALLOC_ENABLE, which would have to be set before torch is imported.
-  if (posix_memalign(&block.data, kHugePage, block.capacity) != 0) return {};
-  madvise(block.data, block.capacity, MADV_HUGEPAGE);  // a hint: without it only speed is lost
-#endif
-  return block;
+  Block block{nullptr, n};
+  block.data = cpu::allocate_pages(block.capacity);
+  return block.data ? block : Block{};
 }
 
 void release(void* context) {
   auto* block = static_cast<Block*>(context);
+  c10::profiledCPUMemoryReporter().Delete(block->data);
   kept_block().keep(*block);
   delete block;
 }
 
 struct LargeArrayAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
-    if (n >= 2 * kHugePage) {
+    if (n >= 2 * cpu::kHugePage) {
       Block block = kept_block().take(n);
       if (!block.data) block = new_block(n);
-      if (block.data) return {block.data, new Block(block), &release, c10::Device(c10::kCPU)};
+      if (block.data) {
+        c10::profiledCPUMemoryReporter().New(block.data, n);  // as torch's own allocator does
+        return {block.data, new Block(block), &release, c10::Device(c10::kCPU)};
+      }
     }
     return c10::GetCPUAllocator()->allocate(n);
   }

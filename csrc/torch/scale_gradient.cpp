@@ -1,0 +1,80 @@
+#include "torch/scale_gradient.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+
+#include <algorithm>  // min
+#include <optional>
+
+#include "torch/context.h"
+#include "torch/cross_entropy_cuda.h"
+
+namespace fastopt {
+namespace {
+
+// Elements that are multiplied, then rounded: they stay in the second-level cache between.
+constexpr int64_t kWindow = 1 << 17;
+// Elements that are worth it.
+constexpr int64_t kMinElements = 1 << 14;
+
+// A tensor of 16-bit numbers over the memory of one of 32-bit numbers that nobody needs afterwards.
+at::Tensor in_place_of(const at::Tensor& wide, at::ScalarType dtype) {
+  return at::empty({0}, wide.options().dtype(dtype)).set_(wide.storage(), 0, wide.sizes(), wide.strides());
+}
+
+// grad, times a number if there is one, rounded once. In windows, so that there is no other array of its size; in the
+// gradient's own memory, if that is free, each window goes where none was left to read.
+at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::ScalarType dtype, bool may_reuse) {
+  if (factor && factor->numel() != 1) {  // one for each position
+    grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
+    factor.reset();
+    may_reuse = true;
+  }
+  const int64_t n = grad.numel();
+  if (!is_plain_cpu(grad) || n < kMinElements || !grad.is_non_overlapping_and_dense()) {
+    return (factor ? at::mul(grad, *factor) : grad).to(dtype);
+  }
+  may_reuse &= grad.storage_offset() == 0 && grad.itemsize() == 2 * c10::elementSize(dtype);
+  if (factor) factor = factor->reshape({});
+  const at::Tensor from = grad.as_strided({n}, {1});
+  at::Tensor result = may_reuse ? in_place_of(grad, dtype) : at::empty_like(grad, dtype);
+  const at::Tensor to = result.as_strided({n}, {1});
+  for (int64_t begin = 0, size = 0; begin < n; begin += size) {
+    const bool is_copied = begin == 0 || !may_reuse;  // only later windows lie apart from where they go
+    size = std::min({may_reuse ? std::max(begin, kMinElements) : kWindow, kWindow, n - begin});
+    at::Tensor window = from.narrow(0, begin, size);
+    if (is_copied) {
+      window = factor ? at::mul(window, *factor) : window.clone();
+    } else if (factor) {
+      window.mul_(*factor);
+    }
+    to.narrow(0, begin, size).copy_(window);
+  }
+  // What the result holds is what it is saved with; the rest is free with it.
+  if (may_reuse) result.storage().unsafeGetStorageImpl()->set_nbytes(result.nbytes());
+  return result;
+}
+
+}  // namespace
+
+at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
+  const bool has_dims = grad_output.dim() > 0 || grad.dim() == 1;
+  const at::Tensor factor = has_dims ? grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1) : grad_output;
+  return factor.scalar_type() == grad.scalar_type() ? factor : factor.to(grad.scalar_type());
+}
+
+at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
+  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
+  if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
+    return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
+  }
+  check_backed(grad_output, "grad_output");
+  const bool is_one = number_in(grad_output) == 1.0;
+  const auto factor = is_one ? std::nullopt : std::optional(factor_of(grad_output, grad));
+  if (grad.scalar_type() != dtype) return rounded(grad, factor, dtype, may_reuse);
+  if (!may_reuse) return is_one ? grad.clone() : at::mul(grad, *factor);  // it is kept for another backward
+  return is_one ? grad : grad.mul_(*factor);
+}
+
+}  // namespace fastopt

@@ -1,0 +1,84 @@
+"""How much memory a loss and its backward take, in arrays of the size of the logits, by torch's own profiler."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import fastopt
+
+pytestmark = pytest.mark.native
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+ROWS, IMAGES, FEW_ROWS = (512, 4000), (8, 32, 100, 90), (4, 1 << 18)
+
+
+def peak(call):
+    """The largest number of bytes that were allocated and not freed while a call ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = largest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        largest = max(largest, held)
+    return largest
+
+
+def arrays(function, shape, dtype, factor, is_transposed, **options):
+    """The peak of a loss times a factor, and of its backward; the gradient itself is one array."""
+    x = torch.randn(shape[1], shape[0]).t() if is_transposed else torch.randn(shape)
+    x = x.to(dtype).requires_grad_()
+    logits = x * 1  # not a leaf, so that it may be overwritten
+    target = torch.randint(shape[1], shape[:1] + shape[2:])
+
+    def call():
+        loss = function(logits, target, **options).float() * factor
+        torch.autograd.grad(loss, logits)
+
+    fastopt.empty_cache()
+    return peak(call) / (x.numel() * x.element_size())
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "factor", "is_transposed", "allowed", "in_place"),
+    [
+        (ROWS, F32, 1, False, 1, 0),
+        (ROWS, F32, 8, False, 1, 0),
+        (ROWS, BF16, 8, False, 1, 0),
+        (IMAGES, F32, 1, False, 1, 0),
+        (IMAGES, BF16, 8, False, 1, 0),
+        (FEW_ROWS, F32, 1, True, 1, 0),
+        # Kept as float32 until it is multiplied, and rounded in the same memory.
+        (ROWS, F16, 1, False, 2, 0),
+        (ROWS, F16, 1024, False, 2, 0),
+        (IMAGES, F16, 1024, False, 2, 0),
+    ],
+    ids=str,
+)
+def test_arrays_at_the_peak(shape, dtype, factor, is_transposed, allowed, in_place):
+    case = (shape, dtype, factor, is_transposed)
+    assert allowed - 0.1 < arrays(fastopt.functional.cross_entropy, *case) < allowed + 0.3
+    assert arrays(fastopt.functional.cross_entropy, *case, inplace_backward=True) < in_place + 0.3
+    assert arrays(F.cross_entropy, *case) > 2.5
+
+
+def test_few_rows_of_many_classes_leave_nothing_behind():
+    program = """
+import torch, fastopt
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
+def step(n_classes):
+    x = torch.randn(n_classes, 4).t().requires_grad_()
+    fastopt.functional.cross_entropy(x, torch.tensor([3, 0, 1, 2])).backward()
+step(1000)
+before = resident()
+step(1 << 18)
+fastopt.empty_cache()
+print(resident() - before)
+"""
+    left = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert int(left) < 8e6
