@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import devices
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, kernel_calls, threads
-from loss_cases import KINDS, LOGITS, OPTIONS, Logits, Options, loss_and_grad, make_values, truth_of
+from loss_cases import KINDS, LOGITS, OPTIONS, Logits, Options, loss_and_grad, make_values, slack_of, truth_of
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 
@@ -218,8 +218,7 @@ def check(values, logits, options, grad_output=None):
         assert (own.dtype, own.shape) == (other.dtype, other.shape), f"{name} of {options}"
         own, other, truth = (torch.cat([v.flatten(), v.new_tensor([scale])]) for v in (own, other, truth))
         try:
-            # In float64 torch is the truth, so its own error counts as 0.
-            assert_no_worse(own, other, truth, slack=64 if values.dtype == torch.float64 else 4)
+            assert_no_worse(own, other, truth, slack=slack_of(logits, values.dtype))
         except AssertionError as error:
             raise AssertionError(f"{name} of {logits} {values.dtype} {options}: {error}") from None
 

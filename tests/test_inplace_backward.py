@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import devices
 import fastopt
 from common import DTYPES, assert_no_worse, is_native, kernel_calls
-from loss_cases import KINDS, LOGITS, Options, loss_and_grad, make_values, truth_of
+from loss_cases import KINDS, LOGITS, Options, loss_and_grad, make_values, slack_of, truth_of
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 
@@ -66,7 +66,7 @@ def test_the_gradient_is_as_exact_and_lies_over_the_logits(logits, options, dtyp
     unit = 1 / max(math.prod(logits.positions), 1) if options.reduction == "mean" else 1.0
     for scale, *results in zip((0.0, unit), (loss, grad), others, truth, strict=True):
         own, other, exact = (torch.cat([v.flatten(), v.new_tensor([scale])]) for v in results)
-        assert_no_worse(own, other, exact, slack=64 if dtype == torch.float64 else 4)
+        assert_no_worse(own, other, exact, slack=slack_of(logits, dtype))
 
 
 @native
