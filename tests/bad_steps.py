@@ -124,6 +124,11 @@ def inference_gradient(params, optimizer):
     params[1].grad = inside
 
 
+def made_in_inference_mode(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
 def ones(*sizes, **options):
     return lambda old: torch.ones(*sizes, **options)
 
@@ -184,6 +189,7 @@ TENSORS = {
     "state expanded": states(lambda s: torch.zeros(1).expand(2, 3)),
     "state transposed": states(lambda s: torch.zeros(3, 2).t()),
     "state with a pending negation": states(lambda s: torch._neg_view(torch.zeros(2, 3))),
+    "state made in inference mode": states(made_in_inference_mode),
     "state that requires grad": states(lambda s: s.requires_grad_()),
     "state a number": states(lambda s: 0.5),
     "state None": states(lambda s: None),
@@ -192,6 +198,7 @@ TENSORS = {
     "state of NaN": states(lambda s: torch.full_like(s, NAN)),
     "last state of another shape": last_state(ones(4)),
     "last state float64": last_state(lambda s: s.double()),
+    "last state made in inference mode": last_state(made_in_inference_mode),
     "last state None": last_state(lambda s: None),
     "last state negative": last_state(lambda s: s - 5),
     "state that is the parameter": first_state_is_the_parameter,
@@ -213,6 +220,7 @@ TENSORS = {
     "step NaN": step(lambda s: s * NAN),
     "step infinite": step(lambda s: s + INF),
     "step huge": step(lambda s: s + 1e9),
+    "step made in inference mode": step(made_in_inference_mode),
     "step on meta": step(lambda s: s.to("meta")),
     "step None": step(lambda s: None),
     "step text": step(lambda s: "5"),

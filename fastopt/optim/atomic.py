@@ -24,13 +24,25 @@ def state_as_it_was(optimizer):
 @contextlib.contextmanager
 def values_as_they_were(tensors):
     """A failure takes back what the block wrote into the tensors; under ``torch.no_grad``."""
-    is_inference = torch.is_inference_mode_enabled()  # which counts no versions, and alone writes inference tensors
-    tensors = [t for t in tensors if not t.is_meta and (is_inference or not t.is_inference())]
-    before = [(t, None if is_inference else t._version, t.detach().clone()) for t in tensors]
+    is_inference = torch.is_inference_mode_enabled()
+    before = [(t, _version(t, is_inference), t.detach().clone()) for t in tensors if not t.is_meta]
     try:
         yield
     except BaseException:
         for tensor, version, values in before:
-            if version is None or tensor._version != version:
-                tensor.copy_(values)
+            if version is None or _version(tensor, is_inference) != version:
+                _write(tensor, values)
         raise
+
+
+def _version(tensor, is_inference):
+    """None where no versions are counted: of tensors made in inference mode, and of all while it is on."""
+    return None if is_inference or tensor.is_inference() else tensor._version
+
+
+def _write(tensor, values):
+    if tensor.is_inference():  # torch has written it, and raised then
+        with torch.inference_mode():
+            tensor.copy_(values)
+    else:
+        tensor.copy_(values)
