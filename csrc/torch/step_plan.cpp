@@ -128,6 +128,7 @@ class StepPlan {
       if (!read_groups(optimizer_.groups()) || !gather(optimizer_.state())) return false;
       is_skipped_ = must_know_ && optimizer_.found_inf() && optimizer_.found_inf()->item().toDouble() > 0;
       if (is_skipped_ || without_state_.empty()) break;
+      if (!makes_dicts(optimizer_.state())) return refuse("a parameter has no state");
       add_empty_states(optimizer_.state());
     }
     if (is_scaled_ && batch_.has_cpu()) return refuse("a GradScaler's numbers are for tensors on the CPU");
@@ -275,6 +276,13 @@ class StepPlan {
     }
     batch_.set_rule(i, last_rule_);
     return true;
+  }
+
+  // Whether looking up a parameter that has no state makes an empty one: in a plain dict it is an error.
+  static bool makes_dicts(PyObject* state) {
+    const auto factory = py::reinterpret_steal<py::object>(PyObject_GetAttrString(state, "default_factory"));
+    PyErr_Clear();
+    return factory.ptr() == reinterpret_cast<PyObject*>(&PyDict_Type);
   }
 
   // Gives each parameter that has none a state to which the one made in this step is added. Runs Python code.
