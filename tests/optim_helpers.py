@@ -84,6 +84,12 @@ def seen(params, optimizer):
     return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
 
 
+def named(name, program):
+    """A program by another name, for those that a table makes."""
+    program.__name__ = name
+    return program
+
+
 def with_torchs_class_and_ours(programs):
     """A test that runs each of the programs with torch's class and with fastopt's, and compares what they return."""
 

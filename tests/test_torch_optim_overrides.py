@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import fastopt
 from common import kernel_calls
-from optim_helpers import CONFIGURATIONS, attempt, seen, step_through, with_torchs_class_and_ours
+from optim_helpers import CONFIGURATIONS, attempt, named, seen, step_through, with_torchs_class_and_ours
 
 # --- The class of the optimizer ---------------------------------------------------------------------------------------
 
@@ -419,11 +419,6 @@ def with_states(convert):
             results.append([{k: v for k, v in optimizer.state.get(p, {}).items() if v is not None} for p in params])
         return results
 
-    return program
-
-
-def named(name, program):
-    program.__name__ = name
     return program
 
 

@@ -1,5 +1,6 @@
 """Step hooks and profiler ranges as torch's optimizers have them, at no cost where there are none."""
 
+import contextlib
 import functools
 import threading
 
@@ -10,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 
 
 class _Underway(threading.local):
-    """Optimizers, by id, whose hooks this thread runs around a step."""
+    """Optimizers, by id, whose steps this thread runs inside their hooks."""
 
     def __init__(self):
         self.ids = set()
@@ -19,13 +20,41 @@ class _Underway(threading.local):
 _underway = _Underway()
 
 
+@contextlib.contextmanager
+def _set_underway(optimizer, is_underway):
+    """Whether a step of the optimizer is a part of another one of it, whose hooks have run."""
+    ids = _underway.ids
+    before = ids.copy()
+    (ids.add if is_underway else ids.discard)(id(optimizer))
+    try:
+        yield
+    finally:
+        _underway.ids = before
+
+
+def run_closure(optimizer, closure):
+    """The loss of a closure, in which another step of the optimizer is one of its own."""
+    if not _underway.ids:
+        return closure()
+    with _set_underway(optimizer, False):
+        return closure()
+
+
 def with_hooks_if_any(step):
     """A ``step`` that runs torch's hooks and profiler range if there are any, once for each outermost call.
 
     torch wraps the step of every class that is instantiated, at a cost of microseconds a call, and runs the hooks as
     often as a step passes through a wrapped class.
     """
-    step_with_hooks = Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def step_underway(self, *args, **kwargs):
+        if is_compiling():  # a compiler follows no thread-local variables
+            return step(self, *args, **kwargs)
+        with _set_underway(self, True):
+            return step(self, *args, **kwargs)
+
+    step_with_hooks = Optimizer.profile_hook_step(step_underway)
 
     @functools.wraps(step)
     def call(self, *args, **kwargs):
@@ -46,15 +75,10 @@ def with_hooks_if_any(step):
 
 
 def _step_with_hooks(optimizer, step, step_with_hooks, call, args, kwargs):
-    if is_compiling():  # a compiler follows no thread-local variables
+    if is_compiling():
         return (step_with_hooks if type(optimizer).step is call else step)(optimizer, *args, **kwargs)
-    if id(optimizer) in _underway.ids:
-        return step(optimizer, *args, **kwargs)
-    _underway.ids.add(id(optimizer))
-    try:
-        return step_with_hooks(optimizer, *args, **kwargs)
-    finally:
-        _underway.ids.discard(id(optimizer))
+    is_a_part = id(optimizer) in _underway.ids
+    return (step if is_a_part else step_with_hooks)(optimizer, *args, **kwargs)
 
 
 def wrap_step_of(cls):

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 from .. import _native
 from ..reference import KERNEL_DTYPES
 from .atomic import state_as_it_was, values_as_they_were
-from .hooks import with_hooks_if_any, wrap_step_of
+from .hooks import run_closure, with_hooks_if_any, wrap_step_of
 from .ordinary import (
     check_backed,
     has_ordinary_containers,
@@ -68,7 +68,7 @@ class FusedOptimizer(Optimizer):
         loss = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                loss = run_closure(self, closure)
         self._update()
         return loss
 
@@ -273,6 +273,8 @@ def _option(name, value):
 
 
 def _number(name, value):
+    if isinstance(value, (float, int)):  # of a subclass, the number that it holds, as torch takes it
+        return float.__float__(value) if isinstance(value, float) else int.__float__(value)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, numbers.Real):
