@@ -1,11 +1,14 @@
 """Checkpoints and what surrounds a step in programs: each gives with fastopt's class what it gives with torch's."""
 
 import copy
+import copyreg
 import io
+import itertools
 import pickle
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from optim_helpers import Maker, attempt, seen, step_through, with_torchs_class_and_ours
 
@@ -88,6 +91,51 @@ def copies_and_pickles(make):
     return results
 
 
+def picklable(base):
+    """Subclasses that are copied and pickled in ways of their own; of the module, for pickle."""
+
+    class GivesItsDict(base):
+        def __getstate__(self):
+            return self.__dict__
+
+    class GivesACopy(base):
+        def __getstate__(self):
+            return {**super().__getstate__(), "note": "kept"}
+
+        def __setstate__(self, state):
+            self.note = state.pop("note")
+            super().__setstate__(state)
+
+    class GivesTwo(base):
+        def __reduce_ex__(self, protocol):
+            return copyreg.__newobj__, (type(self),), self.__dict__.copy()
+
+    for cls in (GivesItsDict, GivesACopy, GivesTwo):
+        cls.__qualname__ = f"{cls.__name__}_{base.__module__.replace('.', '_')}_{base.__name__}"
+        globals()[cls.__qualname__] = cls
+        yield cls
+
+
+def subclasses_that_are_pickled_in_their_own_way(make):
+    results = []
+    for cls in picklable(make.cls):
+        params = make.params()
+        optimizer = cls(params, **make.options)
+        step_through(optimizer, params, 2)
+        copies = [copy.deepcopy(optimizer), copy.copy(optimizer)]
+        copies += [pickle.loads(pickle.dumps(optimizer, protocol)) for protocol in (2, 3, 4, 5)]
+        file = io.BytesIO()
+        torch.save(optimizer, file)
+        file.seek(0)
+        copies.append(torch.load(file, weights_only=False))
+        for copied in copies:
+            own = [p for group in copied.param_groups for p in group["params"]]
+            step_through(copied, own, 2, first=2)
+            results.append((vars(copied).get("note"), seen(own, copied)))
+        step_through(optimizer, params, 1)
+    return results
+
+
 # --- Surroundings -----------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +200,46 @@ def gradients_of_another_dtype(make):
     return results
 
 
+def forward_mode(make):
+    """The tangents of parameters follow those of gradients, as through torch's operators."""
+    results = []
+    for has_tangents in itertools.product((False, True), repeat=2):
+        params, optimizer = make.stepped()
+        with forward_ad.dual_level():
+            own, grads = [], []
+            for p in params:
+                value = torch.linspace(-1, 1, p.numel(), dtype=p.dtype).reshape(p.shape)
+                grads.append(forward_ad.make_dual(value, value.cos()) if has_tangents[0] else value.clone())
+                own.append(forward_ad.make_dual(p.detach().clone(), p.detach().sin()) if has_tangents[1] else p)
+            optimizer.param_groups[0]["params"] = own
+            optimizer.state.clear()
+            for p, grad in zip(own, grads, strict=True):
+                p.grad = grad
+            for _ in range(2):
+                results.append(attempt(optimizer.step))
+                duals = [tuple(forward_ad.unpack_dual(p)) for p in own]
+                results.append([[None if t is None else t.detach().clone() for t in dual] for dual in duals])
+            results.append(len(optimizer.state))
+    return results
+
+
+def functional_optimizers(make):
+    """Those that ``torch.distributed.optim`` has for a class, and none for a subclass."""
+    from torch.distributed.optim.utils import as_functional_optim, functional_optim_map
+
+    optimizer = as_functional_optim(make.cls, lr=0.125)
+    params = [p.detach() for p in make.params()]
+    for _ in range(2):
+        optimizer.step_param(params[0], torch.ones_like(params[0]))
+    subclass = type("Sub", (make.cls,), {})
+    return (
+        type(optimizer).__name__,
+        functional_optim_map[make.cls].__name__,
+        subclass in functional_optim_map,
+        params[0],
+    )
+
+
 def fake_and_meta_tensors(make):
     with FakeTensorMode():
         fake = kinds(*make.stepped())
@@ -169,11 +257,14 @@ test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_our
         checkpoints_that_lack_or_exceed,
         checkpoints_of_another_dtype,
         copies_and_pickles,
+        subclasses_that_are_pickled_in_their_own_way,
         modes_around_a_step,
         deterministic_algorithms,
         another_default_dtype,
         swapped_and_lazy_modules,
         gradients_of_another_dtype,
         fake_and_meta_tensors,
+        forward_mode,
+        functional_optimizers,
     ]
 )
