@@ -1,9 +1,12 @@
 """Checks of cross-entropy whose classes are spread over processes, against torch's on all logits in float64."""
 
 import contextlib
+import copy
 import functools
+import io
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -161,6 +164,48 @@ def check_module(_folder):
     return {}
 
 
+def check_copies(_folder):
+    """A copy has the group itself; what is saved is loaded with this process's own group of that name."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])] if dist.get_world_size() == 4 else [dist.group.WORLD]
+    mine = groups[dist.get_rank() // 2]
+    logits, target, _ = make()
+    start, size = (0, 5) if dist.get_rank(mine) == 0 else (5, 6)
+    module = fastopt.CrossEntropyLoss(WEIGHT[start : start + size], process_group=mine)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    expected = F.cross_entropy(logits, target, WEIGHT)
+    for found in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert found.process_group is mine
+        torch.testing.assert_close(found(logits[:, start : start + size], target), expected)
+    return {}
+
+
+def check_torchs_function_replaced(_folder):
+    """By ours: DTensors end as in torch, whether their classes are sharded or not."""
+    logits, target, _ = make(shape=(16, N_CLASSES))
+    on, torchs = mesh(), F.cross_entropy
+    expected = torchs(logits, target)
+    grad = torch.func.grad(lambda x: torchs(x, target))(logits)
+    F.cross_entropy = cross_entropy
+    try:
+        for placement, target_placement in ((Shard(1), Replicate()), (Shard(0), Shard(0)), (Replicate(), Replicate())):
+            x = distribute_tensor(logits, on, [placement]).requires_grad_()
+            loss = F.cross_entropy(x, distribute_tensor(target, on, [target_placement]))
+            loss.backward()
+            torch.testing.assert_close(loss.full_tensor(), expected)
+            torch.testing.assert_close(x.grad.full_tensor(), grad)
+        with loss_parallel():
+            loss = torch.nn.CrossEntropyLoss()(distribute_tensor(logits, on, [Shard(1)]), target)
+        torch.testing.assert_close(loss.full_tensor(), expected)
+        with pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+            F.cross_entropy(distribute_tensor(logits, on, [Shard(1)]), target)
+    finally:
+        F.cross_entropy = torchs
+    return {}
+
+
 def check_refusals(_folder):
     x, t, group = torch.randn(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64), dist.group.WORLD
     n_processes = dist.get_world_size()
@@ -180,6 +225,9 @@ def check_refusals(_folder):
     refused.append((TypeError, "DTensor", lambda: cross_entropy(whole, t, process_group=group)))
     loss = cross_entropy(x, t, process_group=group)
     refused.append((RuntimeError, "twice", lambda: torch.autograd.grad(loss, x, create_graph=True)))
+    refused.append(
+        (ValueError, "inplace_backward", lambda: cross_entropy(x, t, inplace_backward=True, process_group=group))
+    )
     for kind, words, call in refused:
         with pytest.raises(kind, match=words):
             call()
@@ -231,6 +279,8 @@ CHECKS |= {
     "cross_entropy/few numbers are communicated": Check(check_few_numbers_are_communicated),
     "cross_entropy/groups are apart": Check(check_groups_are_apart, (4,)),
     "cross_entropy/module": Check(check_module),
+    "cross_entropy/copies": Check(check_copies),
+    "cross_entropy/torch's function replaced": Check(check_torchs_function_replaced),
     "cross_entropy/refusals": Check(check_refusals),
     "cross_entropy/other DTensors go to torch": Check(check_other_dtensors_go_to_torch),
 }

@@ -3,7 +3,9 @@
 import copy
 import os
 import pickle
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -226,3 +228,34 @@ def test_threads_do_not_disturb_each_other():
     for worker in workers:
         worker.join()
     assert not failures
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward):
+    x, target = torch.zeros(400, 20_000, requires_grad=True), torch.zeros(400, dtype=torch.long)
+    times, is_done = [], threading.Event()
+
+    def note_the_time():
+        while not is_done.is_set():
+            times.append(time.perf_counter())
+            time.sleep(1e-4)
+
+    switch_interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # so that nobody else runs unless the loss lets the interpreter go
+    worker = threading.Thread(target=note_the_time)
+    worker.start()
+    try:
+        n_inside = 0
+        for _ in range(5):
+            logits = x * 1
+            time.sleep(1e-3)
+            begin = time.perf_counter()
+            cross_entropy(logits, target, inplace_backward=inplace_backward)
+            end = time.perf_counter()
+            n_inside += sum(begin < moment < end for moment in times)
+    finally:
+        sys.setswitchinterval(switch_interval)
+        is_done.set()
+        worker.join()
+    assert n_inside > 0

@@ -84,3 +84,23 @@ def test_weights_of_very_many_classes_are_summed_as_exactly():
         total -= 0.9 * (row[t] * weight[t]).item() + 0.1 * spread
     loss = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum")
     assert abs(loss.item() / total - 1) <= 16 * 2.3e-16
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(4, 10), (4, 100), (2, 10, 4)], ids=str)
+def test_gradients_that_are_normal_numbers_are_exact_wherever_the_loss_is_scaled_afterwards(dtype, sizes):
+    """The docstring's limit: what is smaller counts as 0, as a large factor shows; nothing above it is lost."""
+    limit = math.log(torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny)
+    for gap in (0.5, 0.9, 0.99, 0.999):
+        x = torch.zeros(sizes, dtype=dtype)
+        x.select(1, 3)[...] = -limit * gap
+        target = torch.full((sizes[0], *sizes[2:]), 3)
+        for reduction in ("sum", "none"):
+            factor = torch.full(target.shape if reduction == "none" else (), 2.0**24)
+            _, grad = loss_and_grad(cross_entropy, x, target, factor, reduction=reduction)
+            _, truth = truth_of(F.cross_entropy, x, target, factor, reduction=reduction)
+            other = grad.select(1, 0).double(), truth.select(1, 0)
+            # The distance of the logits is rounded in the type that is computed in.
+            rounding = 100 * 2.3e-16 * 710 if dtype == torch.float64 else 2e-5 if dtype == torch.float32 else 1e-2
+            assert relative_error(*other).max() <= rounding

@@ -177,6 +177,8 @@ def test_onnx_exporters_serve(make, dynamo, tmp_path):
     if not all(map(importlib.util.find_spec, needed)):
         pytest.skip(f"needs {' and '.join(needed)}")
     use_eagerly()
-    path = tmp_path / "model.onnx"
-    torch.onnx.export(make().eval(), (X, T), str(path), dynamo=dynamo, input_names=["x", "t"], verbose=False)
+    path, model = tmp_path / "model.onnx", make().eval()
+    if not dynamo and make is Model:
+        model.loss.label_smoothing = 0.0  # which torch's tracing exporter does not know
+    torch.onnx.export(model, (X, T), str(path), dynamo=dynamo, input_names=["x", "t"], verbose=False)
     assert b"fastopt::" not in path.read_bytes()
