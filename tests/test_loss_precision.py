@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
-from common import to_device
+from common import is_native, to_device
 from loss_cases import loss_and_grad, make_values, truth_of
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
@@ -40,7 +40,7 @@ def test_the_loss_of_nearly_certain_rows_is_as_exact_as_that_of_others(n_classes
     own_loss = relative_error(loss, truths[0])
     own_grad, true_grad = (g.gather(1, target.unsqueeze(1)).squeeze(1) for g in (grad, truths[1]))
     theirs = relative_error(F.cross_entropy(x, target, reduction="none"), truths[0])
-    if devices.is_gpu():  # whose threads add in float32, as torch's do there
+    if devices.is_gpu() or not is_native():  # whose threads add in float32, as torch's do there; and torch's own
         assert own_loss.mean() <= 1.5 * theirs.mean() + 1e-6
         return
     assert own_loss.max() <= 3e-6
