@@ -9,7 +9,7 @@ import torch
 
 import devices
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, threads
+from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, threads, to_device
 from optim_cases import OPTIM_CASES, make_params, set_grads
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
@@ -216,6 +216,24 @@ def test_infinities_and_nan_spread_no_further_than_in_torch(case):
         results.append(param.detach())
     ours, theirs = results
     assert not (ours.isnan() & ~theirs.isnan()).any()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-300, 1e-45, 1e-44, 1e-43, 1e-40, 1e-30, 1e-8])
+@pytest.mark.parametrize("case", [case for case in OPTIM_CASES if case.name != "SGD"], ids=str)
+def test_a_small_eps_or_lr_gives_no_more_nan_and_zeros_than_in_torch(case, eps):
+    """One that takes up a bias correction becomes 0 itself: 0 / 0 is NaN, and updates are lost."""
+    for lr, grad in itertools.product((1e-3, 1e-36, 3e-43), (0.0, 1e-18, 1.0)):
+        results = []
+        for cls, dtype in ((case.ours, torch.float32), (case.theirs, torch.float32), (case.theirs, torch.float64)):
+            param = torch.nn.Parameter(to_device(torch.zeros(1, dtype=dtype)))  # at 0 the smallest update shows
+            optimizer = cls([param], **{**case.options, "eps": eps, "lr": lr, "weight_decay": 0})
+            for _ in range(3):
+                param.grad = torch.full_like(param, grad)
+                optimizer.step()
+            results.append(param.item())
+        ours, theirs, truth = results
+        if theirs == theirs:
+            assert abs(ours - truth) <= abs(theirs - truth) + 1e-5 * abs(truth) + 1e-44, (lr, grad, results)
 
 
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)

@@ -130,6 +130,64 @@ def test_loss_and_steps_work_in_a_fork(name):
     assert result == repr(train(2, 4))
 
 
+FORKED = """
+    import os, signal, sys, threading, time
+    import torch, fastopt
+
+    name, options = sys.argv[1], eval(sys.argv[2])
+
+    def make(n):
+        params = [torch.nn.Parameter(torch.ones(n)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones(n)
+        return getattr(fastopt, name)(params, **options)
+
+    optimizer, is_over = make(300_000), threading.Event()
+    optimizer.step()
+
+    def step():
+        while not is_over.is_set():
+            optimizer.step()
+
+    workers = [threading.Thread(target=step) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    n_hanging = 0
+    for _ in range(12):
+        time.sleep(0.002)
+        child = os.fork()
+        if child == 0:
+            optimizer.step()
+            make(5).step()
+            os._exit(0)
+        end = time.monotonic() + 20
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                n_hanging += 1
+                break
+            time.sleep(0.002)
+        if n_hanging:
+            break
+    is_over.set()
+    for worker in workers:
+        worker.join()
+    optimizer.step()
+    print("hanging:", n_hanging)
+"""
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@all_classes
+def test_a_child_forked_while_another_thread_steps_can_step(name):
+    """What that thread holds is never released in the child, where the thread does not exist."""
+    command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(CLASSES[name])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
+    assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
+
+
 @pytest.mark.native
 @pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
@@ -227,6 +285,34 @@ INTERRUPTED = """
                 assert all(torch.equal(value, values[0]) for value in values), f"{key} is at different steps"
     print("whole after", n_interrupted)
 """
+
+
+@all_classes
+def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
+    """Others may ask for it, and another thread's step may end first and put back what it found."""
+    seen = []
+
+    class Watching(getattr(fastopt, name)):
+        def _init_group(self, *args):
+            seen.append(signal.getsignal(signal.SIGINT))
+            return super()._init_group(*args)
+
+    class Watched(torch.nn.Parameter):
+        @property
+        def grad(self):
+            seen.append(signal.getsignal(signal.SIGINT))
+            return torch.ones(2)
+
+    before = signal.getsignal(signal.SIGINT)
+    plain = torch.nn.Parameter(torch.ones(2))
+    plain.grad = torch.ones(2)
+    for cls, param in ((Watching, plain), (getattr(fastopt, name), Watched(torch.ones(2)))):
+        optimizer = cls([param], **CLASSES[name])
+        optimizer.step()
+        optimizer.step()
+        assert seen
+        assert all(handler is before for handler in seen)
+        seen.clear()
 
 
 @all_classes

@@ -1,8 +1,12 @@
 """What Python overrides in optimizers, parameters, groups and states: each acts as it does with torch's class."""
 
+import ast
 import collections
+import gc
+import inspect
 import weakref
 from collections import UserDict, UserList, defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import fastopt
 from common import kernel_calls
+from fastopt.optim import optimizer as optimizer_module
 from optim_helpers import CONFIGURATIONS, attempt, named, seen, step_through, with_torchs_class_and_ours
 
 # --- The class of the optimizer ---------------------------------------------------------------------------------------
@@ -483,6 +488,33 @@ def test_subclasses_that_override_nothing_of_a_step_are_for_the_kernels(name, op
         assert optimizer._plan.why_not() == ""
 
 
+@pytest.mark.native
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+def test_the_reason_of_a_refusal_is_that_of_the_last_step(name, options):
+    params = [torch.nn.Parameter(torch.ones(2))]
+    optimizer = getattr(fastopt, name)(params, **options)
+    for differentiable, reason in ((False, ""), (True, "differentiable is set"), (False, "")):
+        step_through(optimizer, params, 1)
+        optimizer.param_groups[0]["differentiable"] = differentiable
+        with torch.no_grad():
+            step_through(optimizer, params, 1)
+        assert optimizer._plan.why_not() == reason
+
+
+def test_type_checkers_see_the_methods_of_torchs_class():
+    """A decorator, or a method that is assigned, hides the signature from them."""
+    (cls,) = [
+        node for node in ast.parse(Path(optimizer_module.__file__).read_text()).body if isinstance(node, ast.ClassDef)
+    ]
+    methods = {node.name: node for node in cls.body if isinstance(node, ast.FunctionDef)}
+    for name in ("step", "zero_grad"):
+        assert methods[name].decorator_list == []
+        assert [a.arg for a in methods[name].args.args] == list(
+            inspect.signature(getattr(torch.optim.SGD, name)).parameters
+        )
+    assert inspect.signature(fastopt.SGD.zero_grad) == inspect.signature(torch.optim.SGD.zero_grad)
+
+
 def test_a_class_is_forgotten_with_its_last_object():
     class Temporary(fastopt.Adam):
         pass
@@ -492,7 +524,5 @@ def test_a_class_is_forgotten_with_its_last_object():
     step_through(optimizer, params, 2)
     reference = weakref.ref(Temporary)
     del optimizer, Temporary
-    import gc
-
     gc.collect()
     assert reference() is None
