@@ -36,6 +36,11 @@ def parameters_are_none(params, optimizer):
     optimizer.param_groups[1]["params"] = None
 
 
+class OtherPair(tuple):
+    def __iter__(self):
+        return iter((0.25, 0.5))
+
+
 OPTIONS = {
     "lr text": group(lr="fast"),
     "lr None": group(lr=None),
@@ -53,6 +58,8 @@ OPTIONS = {
     "lr an int too large for a float": group(lr=10**400),
     "lr a NumPy float32": group(lr=np.float32(0.125)),
     "lr a NumPy float64": group(lr=np.float64(0.125)),
+    "lr a NumPy array of no dimension": group(lr=np.array(0.125)),
+    "lr a NumPy bool": group(lr=np.True_),
     "lr a NumPy array": group(lr=np.array([0.125])),
     "lr a fraction": group(lr=fractions.Fraction(1, 8)),
     "lr a tensor": group(lr=torch.tensor(0.125)),
@@ -103,6 +110,7 @@ OPTIONS = {
     "betas None": group(betas=None),
     "betas text": group(betas=("0.9", "0.99")),
     "betas a list": group(betas=[0.5, 0.75]),
+    "betas of a tuple that iterates in its own way": group(betas=OtherPair((0.5, 0.75))),
     "betas tensors": group(betas=(torch.tensor(0.5), torch.tensor(0.75))),
     "betas an array": group(betas=np.array([0.5, 0.75])),
     "betas above 1": group(betas=(1.5, 2.0)),
@@ -125,6 +133,7 @@ OPTIONS = {
 NUMBER = "must be a number, got"
 # Torch raises from deep inside, if at all at the first step; ours names argument, rule and value.
 CLEARER = {
+    "lr a NumPy bool": (TypeError, f"lr {NUMBER} np.True_"),
     "lr text": (TypeError, f"lr {NUMBER} 'fast'"),
     "lr None": (TypeError, f"lr {NUMBER} None"),
     "lr a list": (TypeError, rf"lr {NUMBER} \[0.1\]"),
@@ -142,6 +151,6 @@ CLEARER = {
     "betas text": (TypeError, f"betas {NUMBER} '0.9'"),
 }
 # Torch's SGD and RMSprop refuse what its Adam takes; we take it everywhere.
-TAKEN = {"lr a fraction": dict(lr=0.125)}
+TAKEN = {"lr a fraction": dict(lr=0.125), "lr a NumPy array of no dimension": dict(lr=0.125)}
 # A centered variance below 0: torch's is NaN; ours is 0, as rounding below 0 should not ruin a run.
 NEGATIVE_VARIANCE = {"alpha above 1", "last state negative", "state that is the parameter"}

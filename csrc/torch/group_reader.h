@@ -50,10 +50,10 @@ class GroupReader {
 
   bool pair(const char* name, double& first, double& second) {
     PyObject* value = find(name);
-    if (value && PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2) {
+    if (value && PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2) {
       return as_number(PyTuple_GET_ITEM(value, 0), first) && as_number(PyTuple_GET_ITEM(value, 1), second);
     }
-    if (value && PyList_Check(value) && PyList_GET_SIZE(value) == 2) {
+    if (value && PyList_CheckExact(value) && PyList_GET_SIZE(value) == 2) {
       return as_number(PyList_GET_ITEM(value, 0), first) && as_number(PyList_GET_ITEM(value, 1), second);
     }
     return false;

@@ -47,7 +47,7 @@ inline PyObject* find_item(PyObject* own_state, const char* name) {
   }
   position = 0;
   while (PyDict_Next(own_state, &position, &key, &value)) {
-    if (PyUnicode_CheckExact(key) && PyUnicode_Compare(key, wanted) == 0) return value;
+    if (PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0) return value;
   }
   return nullptr;
 }

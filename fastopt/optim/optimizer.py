@@ -6,6 +6,7 @@ import functools
 import math
 import numbers
 
+import numpy as np
 import torch
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer
@@ -98,7 +99,8 @@ class FusedOptimizer(Optimizer):
             plan_class = getattr(library, self._plan_name)
             copyreg.pickle(plan_class, _no_plan)
             init_group = type(self)._torch_init_group
-            plan = self._plan = plan_class(functools.partial(is_ordinary_class, init_group=init_group))
+            plan = plan_class(functools.partial(is_ordinary_class, init_group=init_group))
+            vars(self)["_plan"] = plan  # a subclass may have a __setattr__
         return plan.step(self)
 
     @torch.no_grad()
@@ -275,7 +277,7 @@ def _option(name, value):
 def _number(name, value):
     if isinstance(value, (float, int)):  # of a subclass, the number that it holds, as torch takes it
         return float.__float__(value) if isinstance(value, float) else int.__float__(value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
+    if (isinstance(value, torch.Tensor) and value.numel() == 1) or (isinstance(value, np.ndarray) and value.ndim == 0):
         value = value.item()
     if isinstance(value, numbers.Real):
         return float(value)

@@ -32,9 +32,14 @@ def is_free_of_modes():
 
 
 def is_ordinary_class(cls, init_group):
-    """Whether a class leaves it to ``init_group``, the function of torch's class, to collect a step's tensors."""
-    return _enabled(cls._init_group) is _enabled(init_group) and not any(
-        name in vars(base) for base in cls.__mro__ for name in ("param_groups", "state")
+    """Whether a class leaves it to ``init_group``, the function of torch's class, to collect a step's tensors.
+
+    Then groups and states are what an optimizer's dict holds under these names.
+    """
+    return (
+        _enabled(cls._init_group) is _enabled(init_group)
+        and cls.__getattribute__ is object.__getattribute__
+        and not any(name in vars(base) for base in cls.__mro__ for name in ("param_groups", "state"))
     )
 
 
