@@ -59,6 +59,8 @@ def _grad_dtype(input):
 
 
 def _cross_entropy_backward(grad_output, grad, input):
+    if grad_output.layout != torch.strided:  # whose product with the gradient would be of another shape
+        raise NotImplementedError(f"grad_output of cross_entropy must be strided, got {grad_output.layout}")
     if grad_output.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
     return (grad * grad_output.to(grad.dtype)).to(input.dtype)

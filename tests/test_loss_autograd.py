@@ -367,6 +367,19 @@ def test_backwards_of_a_kept_graph_give_the_same_again(problem):
         torch.autograd.grad(value, leaf)
 
 
+def test_a_gradient_of_the_loss_that_is_sparse_is_refused():
+    """Its product with that of the logits has another shape."""
+    for function in (F.cross_entropy, cross_entropy):
+        for keeps_graph in (False, True):
+            leaf = X.clone().requires_grad_()
+            loss = function(leaf * 1, T, reduction="none")
+            with pytest.raises(NotImplementedError):
+                loss.backward(torch.ones(3).to_sparse(), retain_graph=keeps_graph)
+            assert leaf.grad is None
+    with pytest.raises(NotImplementedError):
+        torch.ops.fastopt.cross_entropy_backward(torch.ones(3).to_sparse(), X, X)
+
+
 # --- Saved tensors ----------------------------------------------------------------------------------------------------
 
 

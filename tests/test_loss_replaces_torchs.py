@@ -305,10 +305,14 @@ def test_a_compiled_model_that_calls_torchs_function_trains(options, amp, expect
     torch.testing.assert_close(trained(model, run), expected, **(dict(rtol=5e-2, atol=5e-2) if amp else {}))
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["eager", "aot_eager"])
 def test_the_replaced_function_itself_is_compiled(name, replaced):
-    compiled = torch.compile(replaced, backend=name, fullgraph=True)
-    for target, options in ((T, {}), (P, {"label_smoothing": 0.1}), (T, {"reduction": "none"})):
+    legacy = [{"size_average": a, "reduce": b} for a in (None, True, False) for b in (None, True, False)]
+    options_of_indices = [{}, {"reduction": "none"}, *legacy]
+    for target, options in ((P, {"label_smoothing": 0.1}), *((T, options) for options in options_of_indices)):
+        torch.compiler.reset()  # so many would exceed its limit
+        compiled = torch.compile(replaced, backend=name, fullgraph=True)
         theirs = loss_and_grad(ORIGINAL, X, target, **options)
         torch.testing.assert_close(loss_and_grad(compiled, X, target, **options), theirs)
 

@@ -83,7 +83,10 @@ def cross_entropy(
         options = (size_average, ignore_index, reduce, reduction, label_smoothing)
         return _overridden(input, target, weight, options, inplace_backward)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+            reduction = _legacy_reduction(size_average, reduce)
+        else:
+            reduction = _reduction.legacy_get_string(size_average, reduce)
     if torch.jit.is_scripting():
         if process_group is not None:
             raise RuntimeError("process_group is not for TorchScript")
@@ -153,6 +156,14 @@ def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool
     return bool(_get_overloaded_args((input, target, weight))) or any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )
+
+
+@torch.jit.unused
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """What torch's own function returns, which Dynamo does not trace; without its warning."""
+    if reduce is not None and not reduce:
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"
 
 
 def _check_may_overwrite(input):
