@@ -114,6 +114,17 @@ def test_a_freed_losss_gradient_raises():
             loss.backward(freed(torch.ones_like(loss)))
 
 
+@pytest.mark.native
+def test_a_saved_gradient_that_a_hook_gives_back_freed_raises():
+    """Unpacked where it was computed, and freed since."""
+    leaf = make_values((4, 5)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), freed):
+        loss = cross_entropy(leaf * 1, torch.arange(4))
+    for factor in (1.0, 2.0):
+        with pytest.raises(RuntimeError):
+            loss.backward(torch.tensor(factor), retain_graph=True)
+
+
 FREED = """
     import torch, fastopt
     x = torch.randn(4, 5)

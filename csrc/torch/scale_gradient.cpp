@@ -65,11 +65,12 @@ at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
 }
 
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
+  check_backed(grad, "grad");  // which a hook for saved tensors gave back
+  check_backed(grad_output, "grad_output");
   const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
   if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
     return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
   }
-  check_backed(grad_output, "grad_output");
   const bool is_one = number_in(grad_output) == 1.0;
   const auto factor = is_one ? std::nullopt : std::optional(factor_of(grad_output, grad));
   if (grad.scalar_type() != dtype) return rounded(grad, factor, dtype, may_reuse);
