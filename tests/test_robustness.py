@@ -189,6 +189,15 @@ def test_a_child_forked_while_another_thread_steps_can_step(name):
 
 
 @pytest.mark.native
+def test_steps_and_losses_survive_what_other_threads_do():
+    """FASTOPT_STRESS_SECONDS=60 for a minute."""
+    seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "4")
+    program = Path(__file__).with_name("stress.py")
+    result = subprocess.run([sys.executable, str(program), seconds], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+
+
+@pytest.mark.native
 @pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
     """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
