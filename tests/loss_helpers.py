@@ -37,3 +37,30 @@ def assert_both_same(call):
 
 X = make_values((6, 10), scale=1.0)
 T = torch.tensor([0, 9, 3, -100, 5, 5])
+
+
+# float16 gradients are kept in float32, wide rows and columns are other kernels, probabilities another problem.
+PROBLEMS = {
+    "indices": dict(),
+    "indices, each row": dict(reduction="none"),
+    "smoothed": dict(label_smoothing=0.1),
+    "probabilities": dict(probabilities=True),
+    "wide": dict(sizes=(2, 70)),
+    "columns": dict(sizes=(2, 5, 3)),
+    "weights": dict(weighted=True),
+    "float16": dict(dtype=torch.float16),
+}
+problems = pytest.mark.parametrize("problem", PROBLEMS)
+
+
+def make_problem(sizes=(3, 5), dtype=torch.float64, probabilities=False, weighted=False, **options):
+    """Logits, and the loss of a function's as a function of logits alone: one number."""
+    x = make_values(sizes, dtype, scale=1.0)
+    target = torch.softmax(make_values(sizes, dtype, seed=3), 1) if probabilities else x.argmin(1)
+    weight = torch.linspace(0.5, 1.5, sizes[1], dtype=dtype) if weighted else None
+    return x, lambda function, logits: function(logits, target, weight, **options).sum()
+
+
+def assert_as_torch(call, x):
+    theirs, ours = both(call)
+    torch.testing.assert_close(ours, theirs, **(dict(rtol=2e-2, atol=2e-3) if x.dtype == torch.float16 else {}))
