@@ -2,9 +2,9 @@
 
     python tests/stress.py SECONDS
 
-What torch alone does not survive is left out: ``p.grad = None`` frees the gradient before it is gone, and ``p.data = x``
-frees memory that a kernel works in. Prints how often each thing happened. Exits with 1 if a forked child failed or hung,
-a thread died, or a step after all that differs from torch's; with a signal if something crashed.
+What torch alone does not survive is left out: ``p.grad = None`` frees the gradient before it is gone, ``p.data = x``
+frees memory that a kernel works in. Prints how often each thing happened. Exits with 1 if a forked child failed or
+hung, a thread died, or a step after all that differs from torch's; with a signal if something crashed.
 """
 
 import collections

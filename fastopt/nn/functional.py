@@ -56,9 +56,9 @@ def cross_entropy(
         inplace_backward: let the backward write the gradient over ``input``, which then needs no memory of its own;
             ``input`` holds its values until then, and the gradient afterwards. Under autocast, that of 16-bit logits
             goes over their float32 copy. Until its backward a loss then holds ``input`` alone; otherwise ``input`` and
-            the gradient, two arrays of that size. A request: where a kernel cannot (elements of ``input`` that may share
-            memory with each other or with another argument), under ``torch.compile`` and on the reference path, the
-            gradient has its own memory. Default: False
+            the gradient, two arrays of that size. A request: where a kernel cannot (elements of ``input`` that may
+            share memory with each other or with another argument), under ``torch.compile`` and on the reference path,
+            the gradient has its own memory. Default: False
         process_group: processes that share the classes, each with ``input`` and ``weight`` of its own classes and all
             with the same ``target``; without ``inplace_backward``. See :mod:`fastopt.nn.vocab_parallel`. Default: None
 
