@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import fastopt
-from common import kernel_calls
+from common import kernel_calls, threads
 from loss_cases import KINDS, Logits, loss_and_grad, make_values
 from loss_helpers import SHAPES, T, X, assert_both_same, cross_entropy, make_case, options_table
 
@@ -252,11 +252,12 @@ def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward)
             logits = x * 1
             time.sleep(1e-3)
             begin = time.perf_counter()
-            cross_entropy(logits, target, inplace_backward=inplace_backward)
+            with threads(1):
+                cross_entropy(logits, target, inplace_backward=inplace_backward)
             end = time.perf_counter()
             n_inside += sum(begin < moment < end for moment in times)
     finally:
         sys.setswitchinterval(switch_interval)
         is_done.set()
         worker.join()
-    assert n_inside > 0
+    assert n_inside > 10  # at most one a loss where the interpreter is kept
