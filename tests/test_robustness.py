@@ -382,6 +382,7 @@ def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
         seen.clear()
 
 
+@pytest.mark.native
 @all_classes
 def test_ctrl_c_in_a_step_leaves_every_parameter_at_the_same_step(name):
     program = textwrap.dedent(INTERRUPTED)
