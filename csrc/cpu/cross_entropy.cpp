@@ -48,7 +48,7 @@ int64_t task_width(const LogitLayout& layout, Walk walk) {
     case Walk::kRows: return width;
     case Walk::kTiles: return std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
     // Whole lines, or a share of the positions for each of a few threads.
-    default: return std::clamp<int64_t>(divide_up(layout.n_outer * layout.n_inner, 4), 1, kMaxGathered / 2);
+    default: return std::clamp<int64_t>(divide_up(layout.n_outer * layout.n_inner, 4), 1, kMaxGathered);
   }
 }
 

@@ -13,7 +13,7 @@
 
 namespace fastopt::cpu {
 
-constexpr int64_t kMaxGathered = 32;      // positions: a line of the smallest numbers
+constexpr int64_t kMaxGathered = 16;      // positions: a line of float
 constexpr int64_t kGatheredClasses = 64;  // that are copied at once
 
 // rows[j * row_stride + c] = from[c * class_stride + j] for the view's classes c and positions j.
@@ -27,11 +27,7 @@ FASTOPT_CLONES void gather_rows(const S* from, const TileView& view, compute_t<S
       transpose(from + c * stride, stride, rows + c, row_stride, n, view.n);
     } else {
       T buffer[kGatheredClasses * kMaxGathered];
-      if (stride == view.n) {
-        convert(from + c * stride, buffer, n * view.n);
-      } else {
-        for (int64_t i = 0; i < n; ++i) convert(from + (c + i) * stride, buffer + i * view.n, view.n);
-      }
+      convert_runs(from + c * stride, stride, buffer, view.n, n, view.n);
       transpose(buffer, view.n, rows + c, row_stride, n, view.n);
     }
   }
@@ -48,11 +44,7 @@ FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const
     } else {
       T buffer[kGatheredClasses * kMaxGathered];
       transpose(rows + c, row_stride, buffer, view.n, view.n, n);
-      if (stride == view.n) {
-        convert(buffer, to + c * stride, n * view.n);
-      } else {
-        for (int64_t i = 0; i < n; ++i) convert(buffer + i * view.n, to + (c + i) * stride, view.n);
-      }
+      convert_runs(buffer, view.n, to + c * stride, stride, n, view.n);
     }
   }
 }

@@ -63,6 +63,14 @@ FASTOPT_HD void convert(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<compute_t<To>>(load(from[i])));
 }
 
+// Runs of n numbers, each a stride after the other: as one where they are side by side.
+template <class To, class From>
+FASTOPT_HD void convert_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
+                             int64_t n) {
+  if (from_stride == n && to_stride == n) return convert(from, to, n_runs * n);
+  for (int64_t i = 0; i < n_runs; ++i) convert(from + i * from_stride, to + i * to_stride, n);
+}
+
 // A run of numbers, past the caches if it streams.
 template <class To, class From>
 FASTOPT_HD void write_run(const From* from, To* to, int64_t n, bool streams) {
@@ -85,19 +93,13 @@ FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>*
   using T = compute_t<S>;
   if (view.n < width) memset(to, 0, view.n_classes * width * sizeof(T));
   if (view.position_stride == 1) {
-    for (int64_t c = 0; c < view.n_classes; ++c) convert(from + c * view.class_stride, to + c * width, view.n);
+    convert_runs(from, view.class_stride, to, width, view.n_classes, view.n);
     return;
   }
   if constexpr (std::is_same_v<S, T>) {
     transpose(from, view.position_stride, to, width, view.n, view.n_classes);
   } else {
-    if (view.position_stride == view.n_classes) {
-      convert(from, buffer, view.n * view.n_classes);
-    } else {
-      for (int64_t j = 0; j < view.n; ++j) {
-        convert(from + j * view.position_stride, buffer + j * view.n_classes, view.n_classes);
-      }
-    }
+    convert_runs(from, view.position_stride, buffer, view.n_classes, view.n, view.n_classes);
     transpose(buffer, view.n_classes, to, width, view.n, view.n_classes);
   }
 }
@@ -116,9 +118,7 @@ FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileVi
   }
   transpose(from, width, buffer, view.n_classes, view.n_classes, view.n);
   if (view.position_stride == view.n_classes) return write_run(buffer, to, view.n * view.n_classes, streams);
-  for (int64_t j = 0; j < view.n; ++j) {
-    convert(buffer + j * view.n_classes, to + j * view.position_stride, view.n_classes);
-  }
+  convert_runs(buffer, view.n_classes, to, view.position_stride, view.n, view.n_classes);
 }
 
 }  // namespace fastopt::cpu

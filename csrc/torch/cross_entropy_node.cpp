@@ -60,7 +60,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   variable_list apply(variable_list&& grad_outputs) override {
     const at::Tensor& grad_output = grad_outputs[0];
     if (!grad_output.defined()) {
-      check_not_released();
+      lock_saved();
       return {at::Tensor()};
     }
     if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
@@ -102,14 +102,15 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   }
 
  private:
-  void check_not_released() {
-    std::lock_guard<std::mutex> lock(mutex_);
+  // Held while something saved is read. Raises if it has been released.
+  std::unique_lock<std::mutex> lock_saved() {
+    std::unique_lock<std::mutex> lock(mutex_);
     TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    return lock;
   }
 
   at::Tensor unpacked(const SavedVariable& variable) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const auto lock = lock_saved();
     return variable.unpack();
   }
 
@@ -119,8 +120,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     OptionalTensor weight;
   };
   Arguments unpacked_arguments() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+    const auto lock = lock_saved();
     const at::Tensor weights = weight.unpack();
     return {input.unpack(), target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt};
   }
@@ -146,8 +146,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   // fails later leaves this node as it is, and who repeats the backward must not find the gradient changed.
   at::Tensor gradient_of_loss(bool& may_reuse) {
     if (!is_in_place) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      TORCH_CHECK(!is_released_, torch::autograd::ERR_BACKWARD_TWICE);
+      const auto lock = lock_saved();
       if (!is_gradient_gone_) {
         at::Tensor saved = grad.unpack();
         may_reuse &= is_last_backward;
