@@ -95,7 +95,7 @@ def multi_grad_hook(mode, function, x, loss):
     return torch.tensor(len(seen)), leaf.grad
 
 
-def hook_differentiates_the_loss_again(function, x, loss):
+def differentiated_again_in_a_hook(function, x, loss, **keeps_graph):
     seen = []
     leaf = x.requires_grad_()
     y = leaf * 1
@@ -104,27 +104,20 @@ def hook_differentiates_the_loss_again(function, x, loss):
     def again(grad):
         if not seen:
             seen.append(None)
-            seen.append(torch.autograd.grad(value, leaf, create_graph=True)[0].detach())
+            seen.append(torch.autograd.grad(value, leaf, **keeps_graph)[0].detach())
 
     y.register_hook(again)
-    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+    (grad,) = torch.autograd.grad(value, leaf, **keeps_graph)
     return grad, seen[1]
+
+
+def hook_differentiates_the_loss_again(function, x, loss):
+    return differentiated_again_in_a_hook(function, x, loss, create_graph=True)
 
 
 def hook_differentiates_the_plain_loss_again(function, x, loss):
     """Without create_graph; the graph is kept for the hook."""
-    seen = []
-    leaf = x.requires_grad_()
-    y = leaf * 1
-    value = loss(function, y)
-
-    def again(grad):
-        if not seen:
-            seen.append(None)
-            seen.append(torch.autograd.grad(value, leaf, retain_graph=True)[0])
-
-    y.register_hook(again)
-    return torch.autograd.grad(value, leaf, retain_graph=True)[0], seen[1]
+    return differentiated_again_in_a_hook(function, x, loss, retain_graph=True)
 
 
 def hook_on_the_loss_differentiates_it_again(function, x, loss):
