@@ -23,7 +23,8 @@ SIZES = (300_000, 5, 70_000, 1)  # some whose steps let the interpreter go
 CLASSES = {
     "SGD": dict(lr=1e-3, momentum=0.9),
     "RMSprop": dict(lr=1e-3, momentum=0.9, centered=True),
-    "Adam": dict(lr=1e-3, amsgrad=True),
+    "Adam": dict(lr=1e-3),
+    "AdamW": dict(lr=1e-3, amsgrad=True),
 }
 CHILD_SECONDS = 60
 
@@ -64,7 +65,7 @@ class Actions:
     def replace_state(self):
         param = random.choice(self.params)
         state = self.optimizer.state
-        match random.randrange(4):
+        match random.randrange(5):
             case 0:
                 state.clear()
             case 1:
@@ -73,6 +74,8 @@ class Actions:
                 for key, value in list(state.get(param, {}).items()):
                     state[param][key] = value.clone() if isinstance(value, torch.Tensor) else value
             case 3:
+                state[param][random.choice(list(state[param]))] = torch.zeros(param.shape)  # a step, too
+            case 4:
                 self.optimizer.load_state_dict(self.optimizer.state_dict())
 
     def replace_group(self):
@@ -121,6 +124,8 @@ def check(actions):
     """Steps from the values that are left, beside torch's."""
     for made in actions:
         name = type(made.optimizer).__name__
+        for param in made.params:
+            param.data.nan_to_num_(0, 0, 0)  # a variance may be negative where its states are of different steps
         params = [p.detach().clone().requires_grad_() for p in made.params]
         theirs = getattr(torch.optim, name)(params, **CLASSES[name])
         ours = getattr(fastopt, name)(made.params, **CLASSES[name])

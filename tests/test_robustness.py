@@ -130,64 +130,6 @@ def test_loss_and_steps_work_in_a_fork(name):
     assert result == repr(train(2, 4))
 
 
-CHANGED = """
-    import random, sys, threading, time
-    import torch, fastopt
-
-    name, options, seconds, n = sys.argv[1], eval(sys.argv[2]), float(sys.argv[3]), 40_000
-    torch.set_num_threads(2)
-    params = [torch.nn.Parameter(torch.ones(n)) for _ in range(6)]
-    for p in params:
-        p.grad = torch.ones(n)
-    optimizer = getattr(fastopt, name)(params, **options)
-    optimizer.step()
-    end, unexpected = time.monotonic() + seconds, []
-
-    def change_a_gradient():  # not to None: by that torch itself crashes a thread that only reads p.grad
-        random.choice(params).grad = torch.ones(n)
-
-    def change_a_state():
-        state = optimizer.state.get(random.choice(params))
-        if not state or random.random() < 0.1:
-            optimizer.state.clear()
-        else:
-            state[random.choice(list(state))] = torch.zeros(n)
-
-    def change_groups():
-        group = optimizer.param_groups[0]
-        group["params"] = random.sample(params, random.randint(1, 6))
-        group["lr"] = random.choice([0.1, torch.tensor(0.1)])
-        optimizer.load_state_dict(optimizer.state_dict())
-
-    def until_the_end(call):
-        while time.monotonic() < end:
-            try:
-                call()
-            except (KeyError, RuntimeError, AttributeError, TypeError):  # of a state that is gone meanwhile
-                pass
-            except BaseException as error:
-                unexpected.append(error)
-
-    calls = (optimizer.step, optimizer.step, change_a_gradient, change_a_state, change_groups)
-    workers = [threading.Thread(target=until_the_end, args=(call,)) for call in calls]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print("lives", unexpected)
-"""
-
-
-@pytest.mark.native
-@all_classes
-def test_what_other_threads_take_away_during_a_step_lives_until_its_end(name):
-    """FASTOPT_TEST_SECONDS=60 for a minute."""
-    seconds = os.environ.get("FASTOPT_TEST_SECONDS", 2)
-    command = [sys.executable, "-c", textwrap.dedent(CHANGED), name, repr(CLASSES[name]), str(seconds)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
-    assert result.stdout == "lives []\n", (result.returncode, result.stdout[-2000:], result.stderr[-2000:])
-
-
 FORKED = """
     import os, signal, sys, threading, time
     import torch, fastopt
@@ -249,7 +191,7 @@ def test_a_child_forked_while_another_thread_steps_can_step(name):
 @pytest.mark.native
 def test_steps_and_losses_survive_what_other_threads_do():
     """FASTOPT_STRESS_SECONDS=60 for a minute."""
-    seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "4")
+    seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "8")
     program = Path(__file__).with_name("stress.py")
     result = subprocess.run([sys.executable, str(program), seconds], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
