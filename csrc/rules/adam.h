@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>  // expm1, log, sqrt
+
 #include "common.h"
 
 namespace fastopt {
@@ -19,8 +20,8 @@ struct Adam {
   using Real = T;
   using Options = AdamOptions;
   static constexpr int kStates = 2 + kAmsgrad;
-  static constexpr int kConstants = 10;
-  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
+  static constexpr int kConstants = 9;
+  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, sign;
   bool has_l2_decay, has_decoupled_decay;
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
@@ -38,8 +39,7 @@ struct Adam {
             T(o.beta2),
             T(1 - o.beta2),
             T(o.eps),
-            T(o.weight_decay),
-            T(o.lr * o.weight_decay),
+            T(o.decoupled_weight_decay ? o.lr * o.weight_decay : o.weight_decay),
             T(o.maximize ? -1 : 1),
             has_decay && !o.decoupled_weight_decay,
             has_decay && o.decoupled_weight_decay};
@@ -50,9 +50,9 @@ struct Adam {
     if (has_decoupled_decay) {
       // One rounding, where a factor 1 - decay would bring its own each step; an infinite parameter stays infinite.
       const bool is_finite = param - param == 0;
-      param = is_finite ? param - decoupled_decay * param : param;
+      param = is_finite ? param - decay * param : param;
     }
-    if (has_l2_decay) grad += l2_decay * param;
+    if (has_l2_decay) grad += decay * param;
     T& exp_avg = state[0];
     T& exp_avg_sq = state[1];
     exp_avg = moving_average(exp_avg, grad, beta1, one_minus_beta1);
