@@ -64,7 +64,7 @@ struct Adam {
       max_exp_avg_sq = exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq ? exp_avg_sq : max_exp_avg_sq;
       variance = max_exp_avg_sq;
     }
-    param -= step_size * (exp_avg / (std::sqrt(variance) * correction + eps));
+    param -= step_size * exp_avg / (std::sqrt(variance) * correction + eps);
   }
 };
 
