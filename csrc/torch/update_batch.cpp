@@ -27,7 +27,6 @@ Likeness likeness(const at::Tensor& tensor, const at::Tensor& param) {
 }  // namespace
 
 void UpdateBatch::clear() {
-  slabs_.clear();
   places_.clear();
   rules_.clear();
   copies_.clear();
@@ -106,10 +105,13 @@ bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at:
   }
 
   const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
-  Slab& slab = slabs_.emplace_back();
-  slab.numel = param.numel();
-  slab.dtype = *dtype;
-  slab.state_dtype = *state_dtype;
+  if (slabs_.size() == places_.size()) slabs_.emplace_back();
+  Slab& slab = slabs_[places_.size()];
+  const int64_t numel = param.numel();
+  replace(slab.numel, numel);
+  replace(slab.dtype, *dtype);
+  replace(slab.state_dtype, *state_dtype);
+  replace(slab.step, static_cast<void*>(nullptr));
   const int64_t item_bytes = bytes_of(*dtype), state_item_bytes = bytes_of(*state_dtype);
   const at::Tensor* laid_out = &grad;
   if (grad_likeness == Likeness::kOtherLayout) {
@@ -119,18 +121,18 @@ bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at:
     laid_out = &copies_.back();
   }
   const Memory read =
-      memory_of(*laid_out, slab.numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
+      memory_of(*laid_out, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
   overlap_.add_read(read, laid_out->unsafeGetTensorImpl());
-  slab.grad = read.begin;
+  replace(slab.grad, static_cast<const void*>(read.begin));
   const auto write = [&](const at::Tensor& tensor, int64_t bytes, const char* name) {
-    const Memory memory = memory_of(tensor, slab.numel * bytes, bytes, own_deleter, /*is_written=*/true, name);
+    const Memory memory = memory_of(tensor, numel * bytes, bytes, own_deleter, /*is_written=*/true, name);
     overlap_.add_written(memory, tensor.unsafeGetTensorImpl());
-    return memory.begin;
+    return static_cast<void*>(memory.begin);
   };
-  slab.param = write(param, item_bytes, "a parameter");
-  for (int s = 0; s < n_states; ++s) slab.state[s] = write(*states[s], state_item_bytes, "a state");
+  replace(slab.param, write(param, item_bytes, "a parameter"));
+  for (int s = 0; s < n_states; ++s) replace(slab.state[s], write(*states[s], state_item_bytes, "a state"));
   places_.push_back(static_cast<int16_t>(place_));
-  numel_ += slab.numel;
+  numel_ += numel;
   return true;
 }
 

@@ -21,7 +21,7 @@ class UpdateBatch {
   // autograd may replace without the interpreter lock; the others live as long as they are where the caller found them.
   // Raises RuntimeError if the memory of one has been freed.
   bool add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states);
-  int64_t size() const { return static_cast<int64_t>(slabs_.size()); }
+  int64_t size() const { return static_cast<int64_t>(places_.size()); }
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
   bool has_cpu() const;
@@ -39,7 +39,7 @@ class UpdateBatch {
   void hold();
 
   int32_t add_rule(const RuleValue& rule);
-  void set_rule(int64_t i, int32_t rule) { slabs_[i].rule = rule; }
+  void set_rule(int64_t i, int32_t rule) { replace(slabs_[i].rule, rule); }
 
   // Runs the kernels and bumps the version of each tensor written. With a GradScaler's numbers, which are for tensors
   // on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either may be null.
@@ -57,6 +57,12 @@ class UpdateBatch {
     CudaUpdater updater;
   };
 
+  // Writes what differs only.
+  template <class T>
+  static void replace(T& last, T value) {
+    if (last != value) last = value;
+  }
+
   size_t place_of(c10::Device device, Backend backend);
   void run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf);
 
@@ -65,8 +71,9 @@ class UpdateBatch {
     return false;
   }
 
+  // The last step's, which this one's replace where they differ: what is not written stays in all threads' caches.
   std::vector<Slab> slabs_;
-  std::vector<int16_t> places_;  // of slabs_, indices into devices_
+  std::vector<int16_t> places_;  // of this step's slabs_, indices into devices_
   std::vector<Place> devices_;   // all that were ever met
   size_t place_ = 0;             // of the last tensor taken
   std::vector<RuleValue> rules_;
