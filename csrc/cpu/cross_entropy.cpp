@@ -122,7 +122,7 @@ double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) 
     tile.n_positions = std::min(kTileWidth, n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
-      run.copy_targets(first_position + i, tile.n_positions, targets);
+      run.read_targets(first_position + i, tile.n_positions, targets);
       std::fill(targets + tile.n_positions, targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
@@ -197,6 +197,12 @@ Threads at_most(const Threads& threads, int64_t n_elements) {
 }
 
 }  // namespace
+
+FASTOPT_CLONES int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index) {
+  int64_t n_bad = 0;
+  for (int64_t i = 0; i < n; ++i) n_bad += (targets[i] != ignore_index) & !is_class(targets[i], n_classes);
+  return n_bad;
+}
 
 TargetTally tally_targets(const CrossEntropyProblem& p, const Threads& threads) {
   const int64_t n = p.logits_layout.n_outer * p.logits_layout.n_inner;

@@ -32,20 +32,20 @@ struct Row {
 // Sums over the classes, relative to max.
 template <class T, TargetKind kTarget>
 struct RowLaneSums {
+  static constexpr bool kIsSpread = kTarget != TargetKind::kIndex;
   // An even spread's q is known from the number of classes.
-  static constexpr bool kSumsQ = kTarget != TargetKind::kIndex && kTarget != TargetKind::kIndexUniform;
+  static constexpr bool kSumsQ = kIsSpread && kTarget != TargetKind::kIndexUniform;
   T max;  // of the first block, before anything is summed
-  LaneSums<T> exp, q, qx;
+  LaneSums<T> exp;
+  LaneSumsIf<kSumsQ, T> q;
+  LaneSumsIf<kIsSpread, T> qx;
 
   FASTOPT_HD void flush() {
     exp.flush();
-    if constexpr (kSumsQ) q.flush();
-    if constexpr (kTarget != TargetKind::kIndex) qx.flush();
+    q.flush();
+    qx.flush();
   }
-  FASTOPT_HD RowSums<double> total() const {
-    if constexpr (kTarget == TargetKind::kIndex) return {static_cast<double>(max), exp.total()};
-    return {static_cast<double>(max), exp.total(), q.total(), qx.total()};
-  }
+  FASTOPT_HD RowSums<double> total() const { return {static_cast<double>(max), exp.total(), q.total(), qx.total()}; }
   // even_q: what an even spread has given the classes so far.
   FASTOPT_HD void rebase(T new_max, double even_q) {
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
@@ -54,8 +54,8 @@ struct RowLaneSums {
     // The shift is infinite where both maxima are huge: then 0 times it would not be a number.
     if constexpr (kSumsQ) {
       for (int64_t l = 0; l < kLanes; ++l) qx.all[l] += q.all[l] != 0 ? q.all[l] * shift : 0;
-    } else if (even_q != 0) {
-      qx.all[0] += even_q * shift;
+    } else if constexpr (kIsSpread) {
+      if (even_q != 0) qx.all[0] += even_q * shift;
     }
     max = new_max;
   }
@@ -127,11 +127,11 @@ FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t end, const T*
 }
 
 // add_classes of a block, whose logits are x in the compute type. Calls before(i, m) for each group of m classes from
-// i.
+// i. Where the target may have the maximum, the others' sum is kept exact; the loss of another target is log 2 or more.
 template <class S, TargetKind kTarget, bool kWantsGrad, class F>
 FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_t<S>* y,
                           const TargetTerms<compute_t<S>> terms, int64_t first, int64_t n, compute_t<S>* exps,
-                          RowLaneSums<compute_t<S>, kTarget>& sums, F&& before) {
+                          RowLaneSums<compute_t<S>, kTarget>& sums, bool may_be_target, F&& before) {
   using T = compute_t<S>;
   for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
     const int64_t end = std::min(part + kSumTerms * kLanes, n);
@@ -141,7 +141,7 @@ FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_
                                           exps + (kWantsGrad ? i : 0), sums);
     });
     if constexpr (!std::is_same_v<T, double>) {
-      add_lane_of_max<T, kTarget, kWantsGrad>(x, part, end, exps, sums);
+      if (may_be_target) add_lane_of_max<T, kTarget, kWantsGrad>(x, part, end, exps, sums);
     }
     sums.flush();
   }
@@ -236,11 +236,11 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
     }
     if (writes) waiting.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
-    add_block<S, kTarget, kWantsGrad>(row.logits + first, x, y, terms, first, n,
-                                      kWantsGrad ? row.exps + first : nullptr, lane_sums,
-                                      [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-                                        if (writes) waiting.write_classes(first + i, m);
-                                      });
+    add_block<S, kTarget, kWantsGrad>(
+        row.logits + first, x, y, terms, first, n, kWantsGrad ? row.exps + first : nullptr, lane_sums,
+        !kHasTarget || target_logit >= lane_sums.max, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+          if (writes) waiting.write_classes(first + i, m);
+        });
   }
   if (writes) waiting.end();
   RowSums<double> sums = lane_sums.total();

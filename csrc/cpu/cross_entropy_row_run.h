@@ -17,8 +17,8 @@ TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
 // Takes the target of a position into its row and terms; false if it is ignored.
 template <class S, class T>
 bool read_target(CrossEntropyRun& run, int64_t position, Row<S>& row, TargetTerms<T>& terms) {
-  run.copy_targets(position, 1, &row.target);
-  if (row.target == run.problem.ignore_index || !is_class(row.target, row.n_classes)) return false;
+  row.target = run.read_target(position);
+  if (row.target == run.problem.ignore_index) return false;
   if (terms.weight) terms.on *= terms.weight[row.target];
   return true;
 }

@@ -15,19 +15,32 @@ inline void copy_targets(const int64_t* from, int64_t n, int64_t* to) {
   asm volatile("" ::: "memory");
 }
 
+// How many of them are neither classes nor ignored.
+int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index);
+
 struct CrossEntropyRun {
   const CrossEntropyProblem& problem;
   const bool streams;                       // gradients go past the caches
   std::atomic<bool> has_bad_target{false};  // a target is not a class, though all were when they were checked
 
-  // Copies the targets of n positions from `first` on, and notes if one is not a class.
-  void copy_targets(int64_t first, int64_t n, int64_t* targets) {
-    cpu::copy_targets(problem.target + first, n, targets);
-    int64_t n_bad = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      n_bad += (targets[i] != problem.ignore_index) & !is_class(targets[i], problem.logits_layout.n_classes);
-    }
-    if (n_bad > 0) has_bad_target = true;
+  // A copy of a position's target; one that is not a class is noted, and counts as ignored.
+  int64_t read_target(int64_t position) {
+    int64_t target;
+    copy_targets(problem.target + position, 1, &target);
+    return checked(target);
+  }
+  // Likewise of n positions from `first` on.
+  void read_targets(int64_t first, int64_t n, int64_t* targets) {
+    copy_targets(problem.target + first, n, targets);
+    if (count_bad_targets(targets, n, problem.logits_layout.n_classes, problem.ignore_index) == 0) return;
+    for (int64_t i = 0; i < n; ++i) targets[i] = checked(targets[i]);
+  }
+
+ private:
+  int64_t checked(int64_t target) {
+    if (target == problem.ignore_index || is_class(target, problem.logits_layout.n_classes)) return target;
+    has_bad_target = true;
+    return problem.ignore_index;
   }
 };
 

@@ -23,21 +23,23 @@ struct Tile {
   int64_t stride;          // from class to class
   int64_t n_classes;
   int64_t n_positions;    // the others' losses are not summed
-  const int64_t* target;  // of each position, or null; what is not a class counts as ignored
+  const int64_t* target;  // of each position, a class or ignore_index; or null
   int64_t ignore_index;
   const void* ahead;     // where the logits of a later tile lie
   int64_t ahead_stride;  // from class to class, in bytes
 };
 
-template <class T>
+template <class T, TargetKind kTarget>
 struct TileSums {
   alignas(64) T max[kTileWidth];
-  LaneSums<T> exp, q, qx;
+  LaneSums<T> exp;
+  LaneSumsIf<!has_index(kTarget), T> q;
+  LaneSumsIf<kTarget != TargetKind::kIndex, T> qx;
 };
 
 // Adds the exponentials and q of class c to the sums; leaves the exponentials in the logits' place.
 template <class T, TargetKind kTarget>
-FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c, TileSums<T>& sums) {
+FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c, TileSums<T, kTarget>& sums) {
   const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
   for (int64_t i = 0; i < kTileWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
   T* x = tile.values + c * tile.stride;
@@ -59,13 +61,19 @@ FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64
 constexpr int64_t kTermsBelowMax = 4 * kSumTerms;  // that are summed in the compute type
 constexpr double kMostlyMax = 1.25;                // a sum below this is mostly the maximum's 1
 
-// Sums again, without the maximum's exponential, where that is most of the sum: it is 1, and beside it the others were
-// rounded to its units, though the loss of a row that is nearly certain is their sum.
+// Sums again, without the maximum's exponential, where that is most of the sum and the target may have it: it is 1, and
+// beside it the others were rounded to its units, though the loss of a row that is nearly certain is their sum. The
+// loss of another target is log 2 or more. target_logit: of each position, or null.
 template <class T>
-FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum) {
-  bool is_needed = false;
-  for (int64_t j = 0; j < kTileWidth; ++j) is_needed |= exp_sum[j] < kMostlyMax;
-  if (!is_needed) return;
+FASTOPT_HD void sum_below_max(const Tile<T>& tile, const T* max, const T* target_logit, double* exp_sum) {
+  int64_t is_mostly_max[kTileWidth], n_needed = 0;
+#pragma omp simd reduction(+ : n_needed)
+  for (int64_t j = 0; j < kTileWidth; ++j) {
+    const bool may_be_target = !target_logit || target_logit[j] == max[j];
+    is_mostly_max[j] = may_be_target && exp_sum[j] >= 1 && exp_sum[j] < kMostlyMax;  // below 1: no logit is finite
+    n_needed += is_mostly_max[j];
+  }
+  if (n_needed == 0) return;
   double rest[kTileWidth] = {};
   for (int64_t begin = 0; begin < tile.n_classes; begin += kTermsBelowMax) {
     const int64_t end = std::min(begin + kTermsBelowMax, tile.n_classes);
@@ -77,10 +85,7 @@ FASTOPT_HD void sum_below_max(const Tile<T>& tile, double* exp_sum) {
     }
     for (int64_t j = 0; j < kTileWidth; ++j) rest[j] += below[j];
   }
-  for (int64_t j = 0; j < kTileWidth; ++j) {
-    const bool has_one_max = exp_sum[j] >= 1 && exp_sum[j] < kMostlyMax;  // not where no logit is finite
-    exp_sum[j] = has_one_max ? 1 + rest[j] : exp_sum[j];
-  }
+  for (int64_t j = 0; j < kTileWidth; ++j) exp_sum[j] = is_mostly_max[j] ? 1 + rest[j] : exp_sum[j];
 }
 
 // The largest logit of each position.
@@ -101,7 +106,7 @@ template <class T, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
                                          double* losses) {
   constexpr bool kHasTarget = has_index(kTarget);
-  TileSums<T> sums;
+  TileSums<T, kTarget> sums;
   find_max(tile, sums.max);
 
   // Read before exponentials take the logits' place.
@@ -110,7 +115,7 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   int64_t targets[kTileWidth];  // 0 where they are ignored
   bool is_kept[kTileWidth];
   for (int64_t j = 0; j < kTileWidth; ++j) {
-    is_kept[j] = !kHasTarget || (tile.target[j] != tile.ignore_index && is_class(tile.target[j], tile.n_classes));
+    is_kept[j] = !kHasTarget || tile.target[j] != tile.ignore_index;
     targets[j] = kHasTarget && is_kept[j] ? tile.target[j] : 0;
   }
   for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {
@@ -121,8 +126,8 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
     const int64_t end = std::min(part + kSumTerms, tile.n_classes);
     for (int64_t c = part; c < end; ++c) add_class<T, kTarget>(tile, terms, c, sums);
     sums.exp.flush();
-    if constexpr (!kHasTarget) sums.q.flush();
-    if constexpr (kTarget != TargetKind::kIndex) sums.qx.flush();
+    sums.q.flush();
+    sums.qx.flush();
   }
 
   // What is found of each position, in vectors of double.
@@ -131,7 +136,7 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = std::log(exp_sum[j]);
   } else {
-    sum_below_max(tile, exp_sum);
+    sum_below_max(tile, sums.max, kHasTarget ? target_logit : nullptr, exp_sum);
 #pragma omp simd
     for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
     for (int64_t j = 0; j < kTileWidth; ++j) {
@@ -143,8 +148,8 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
 #pragma omp simd
   for (int64_t j = 0; j < kTileWidth; ++j) {
     const double row_on = kHasTarget ? on[j] : 0.0;
-    const double q_sum = kHasTarget ? terms.spread_sum : sums.q.all[j];
-    const RowSums<double> row{static_cast<double>(sums.max[j]), exp_sum[j], q_sum, sums.qx.all[j]};
+    const double q_sum = kHasTarget ? terms.spread_sum : sums.q.of_lane(j);
+    const RowSums<double> row{static_cast<double>(sums.max[j]), exp_sum[j], q_sum, sums.qx.of_lane(j)};
     const double loss = row_loss(row, log_sum[j], row_on, kHasTarget ? static_cast<double>(target_logit[j]) : 0.0,
                                  kHasTarget, kTarget != TargetKind::kIndex);
     losses[j] = is_kept[j] ? loss : 0.0;

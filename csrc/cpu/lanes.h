@@ -1,9 +1,10 @@
 // Reductions by lane: several vectors of any instruction set side by side, so that no term waits for the one before.
 #pragma once
 
-#include <algorithm>  // min
-#include <cmath>      // fabs
-#include <limits>     // numeric_limits
+#include <algorithm>    // min
+#include <cmath>        // fabs
+#include <limits>       // numeric_limits
+#include <type_traits>  // conditional_t
 
 #include "common.h"
 
@@ -35,12 +36,23 @@ struct LaneSums {
       few[l] = 0;
     }
   }
+  FASTOPT_HD double of_lane(int64_t l) const { return all[l]; }
   FASTOPT_HD double total() const {
     alignas(64) double lanes[kLanes];
     for (int64_t l = 0; l < kLanes; ++l) lanes[l] = all[l];
     return fold_lanes(lanes, [](double a, double b) { return a + b; });
   }
 };
+
+// In place of sums that nothing is added to.
+struct NoLaneSums {
+  FASTOPT_HD void flush() {}
+  FASTOPT_HD double of_lane(int64_t) const { return 0; }
+  FASTOPT_HD double total() const { return 0; }
+};
+
+template <bool kIsUsed, class T>
+using LaneSumsIf = std::conditional_t<kIsUsed, LaneSums<T>, NoLaneSums>;
 
 // A sum of many terms in double that is as exact as if it were rounded once (Neumaier, 1974).
 class CompensatedSum {
