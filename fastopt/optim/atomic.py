@@ -1,8 +1,23 @@
 """Steps that happen as a whole or not at all."""
 
 import contextlib
+import os
+import threading
 
 import torch
+
+
+class StepLocks(dict):
+    """An optimizer's lock in each process: a forked child has not the threads that may hold the parent's."""
+
+    def __reduce__(self):  # copied and pickled without locks
+        return StepLocks, ()
+
+
+def lock_of(optimizer):
+    """One thread at a time steps an optimizer: torch's operators let other threads in, between reading and writing."""
+    locks = vars(optimizer).setdefault("_step_locks", StepLocks())
+    return locks.setdefault(os.getpid(), threading.RLock())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
-from .atomic import state_as_it_was, values_as_they_were
+from .atomic import lock_of, state_as_it_was, values_as_they_were
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
 from .ordinary import (
     check_backed,
@@ -88,7 +88,8 @@ class FusedOptimizer(Optimizer):
 
     def _update(self):
         if not self._update_natively():
-            self._update_otherwise()
+            with lock_of(self):
+                self._update_otherwise()
 
     def _update_natively(self):
         plan = self._plan
