@@ -50,6 +50,24 @@ def test_the_loss_of_nearly_certain_rows_is_as_exact_as_that_of_others(n_classes
 
 @pytest.mark.native
 @on_cpu
+@pytest.mark.parametrize("smoothing", [0.0, 1e-6])
+@pytest.mark.parametrize("n_classes", [2, 16, 17, 64, 65, 1000, 5000])
+def test_a_row_does_not_depend_on_those_beside_it(n_classes, smoothing):
+    """Rows of a tile are computed together, and some of them again: those that are nearly certain of the target."""
+    x = make_values((70, n_classes), scale=2.0)
+    target = x.argmax(1)
+    x[torch.arange(70), target] += torch.linspace(0, 18, 70)
+    target[::2] = (target[::2] + 1) % n_classes  # nearly certain of another class
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    losses, grads = loss_and_grad(cross_entropy, x, target, **options)
+    for i in range(70):
+        loss, grad = loss_and_grad(cross_entropy, x[i : i + 1], target[i : i + 1], **options)
+        assert torch.equal(loss[0], losses[i]), i
+        assert torch.equal(grad[0], grads[i]), i
+
+
+@pytest.mark.native
+@on_cpu
 @pytest.mark.parametrize("n_classes", [16, 17, 70])
 def test_a_loss_of_a_ten_millionth_is_not_zero(n_classes):
     x = torch.zeros(1, n_classes)
