@@ -172,12 +172,12 @@ FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begi
   for (int64_t i = begin; i < end; ++i) {
     const int64_t t = p.target[i];
     n_kept += t != ignore_index;
-    n_bad += (t != ignore_index) & !is_class(t, n_classes);
+    n_bad += is_bad_target(t, n_classes, ignore_index);
   }
   part.weight_sum = static_cast<double>(n_kept);
   for (int64_t i = begin; n_bad > 0 && i < end; ++i) {
     const int64_t t = p.target[i];
-    if (t == ignore_index || is_class(t, n_classes)) continue;
+    if (!is_bad_target(t, n_classes, ignore_index)) continue;
     part.is_valid = false;
     part.bad_target = t;
     return part;
@@ -200,7 +200,7 @@ Threads at_most(const Threads& threads, int64_t n_elements) {
 
 FASTOPT_CLONES int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index) {
   int64_t n_bad = 0;
-  for (int64_t i = 0; i < n; ++i) n_bad += (targets[i] != ignore_index) & !is_class(targets[i], n_classes);
+  for (int64_t i = 0; i < n; ++i) n_bad += is_bad_target(targets[i], n_classes, ignore_index);
   return n_bad;
 }
 

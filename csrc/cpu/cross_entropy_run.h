@@ -38,7 +38,7 @@ struct CrossEntropyRun {
 
  private:
   int64_t checked(int64_t target) {
-    if (target == problem.ignore_index || is_class(target, problem.logits_layout.n_classes)) return target;
+    if (!is_bad_target(target, problem.logits_layout.n_classes, problem.ignore_index)) return target;
     has_bad_target = true;
     return problem.ignore_index;
   }
