@@ -55,6 +55,8 @@ FASTOPT_HD float load(Half value) {
   float result;
   asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
   return result;
+#elif defined(__aarch64__)
+  return static_cast<float>(bit_cast<__fp16>(value.bits));
 #else
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
@@ -83,6 +85,8 @@ FASTOPT_HD void store(BFloat16& to, float value) {
 FASTOPT_HD void store(Half& to, float value) {
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(value));
+#elif defined(__aarch64__)
+  to.bits = bit_cast<uint16_t>(static_cast<__fp16>(value));
 #else
   const uint32_t bits = bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -103,6 +107,13 @@ template <class T>
 FASTOPT_HD T moving_average(T average, T value, T decay, T one_minus_decay) {
   const T difference = value - average;
   return one_minus_decay < T(0.5) ? average + one_minus_decay * difference : value - decay * difference;
+}
+
+// The larger of two numbers, NaN if one of them is not a number, as torch.maximum.
+template <class T>
+FASTOPT_HD T larger_or_nan(T a, T b) {
+  const T larger = a > b ? a : b;
+  return a != a ? a : larger;
 }
 
 // Calls f with an empty value of the stored type that a DType names.

@@ -1,4 +1,6 @@
 // One binary, several instruction sets: functions marked FASTOPT_CLONES are compiled for each and chosen at load time.
+// FASTOPT_TARGET_V3 and V4 mark a function that is for one of them alone; they are defined where it may be called, if
+// FASTOPT_CPU_HAS_V3 or V4 says so.
 #pragma once
 
 #if defined(FASTOPT_ONE_LEVEL)
@@ -6,11 +8,13 @@
 #define FASTOPT_CLONES
 #if defined(__AVX512F__)
 #define FASTOPT_CPU_HAS_V4 true
+#define FASTOPT_TARGET_V4
 #else
 #define FASTOPT_CPU_HAS_V4 false
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__F16C__)
 #define FASTOPT_CPU_HAS_V3 true
+#define FASTOPT_TARGET_V3
 #else
 #define FASTOPT_CPU_HAS_V3 false
 #endif
@@ -19,6 +23,8 @@
 #define FASTOPT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define FASTOPT_CPU_HAS_V3 __builtin_cpu_supports("x86-64-v3")
 #define FASTOPT_CPU_HAS_V4 __builtin_cpu_supports("x86-64-v4")
+#define FASTOPT_TARGET_V3 __attribute__((target("arch=x86-64-v3")))
+#define FASTOPT_TARGET_V4 __attribute__((target("arch=x86-64-v4")))
 #elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 // Before GCC 12 the dispatcher does not know the levels.
 #define FASTOPT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))

@@ -1,10 +1,10 @@
-// The one CPU loop for all rules, and its division among threads.
+// The CPU update of many tensors, divided among threads.
 #include "cpu/update.h"
 
 #include <algorithm>  // max, min, upper_bound
 #include <vector>
 
-#include "cpu/isa.h"
+#include "cpu/update_loop.h"
 
 namespace fastopt::cpu {
 namespace {
@@ -19,50 +19,25 @@ constexpr int64_t kMaxElementsInCache = 1 << 24;
 // Divisions inside a tensor fall on whole cache lines of every stored type.
 constexpr int64_t kAlignment = 64;
 
-using UpdateRange = void (*)(const Slab&, const void* rule, int64_t begin, int64_t end);
-
-template <class Rule, class S>
-FASTOPT_CLONES void update_range(const Slab& slab, const void* rule_bytes, int64_t begin, int64_t end) {
-  using T = typename Rule::Real;
-  constexpr int kStates = Rule::kStates;
-  const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  S* __restrict param = static_cast<S*>(slab.param);
-  const S* __restrict grad = static_cast<const S*>(slab.grad);
-  S* __restrict state0 = static_cast<S*>(slab.state[0]);
-  S* __restrict state1 = static_cast<S*>(slab.state[1]);
-  S* __restrict state2 = static_cast<S*>(slab.state[2]);
-  for (int64_t i = begin; i < end; ++i) {
-    T value = load(param[i]);
-    T state[kMaxStates] = {};
-    if constexpr (kStates > 0) state[0] = load(state0[i]);
-    if constexpr (kStates > 1) state[1] = load(state1[i]);
-    if constexpr (kStates > 2) state[2] = load(state2[i]);
-    rule(value, load(grad[i]), state);
-    store(param[i], value);
-    if constexpr (kStates > 0) store(state0[i], state[0]);
-    if constexpr (kStates > 1) store(state1[i], state[1]);
-    if constexpr (kStates > 2) store(state2[i], state[2]);
-  }
-}
-
-UpdateRange find_update(RuleId id, DType dtype) {
-  UpdateRange update = nullptr;
-  with_stored_type(dtype, [&](auto stored) {
-    using S = decltype(stored);
-    switch (id) {
+template <class S>
+Update<S> find_update(RuleId id) {
+  switch (id) {
 #define FASTOPT_CASE(Rule) \
-  case RuleId::k##Rule: update = update_range<Rule<compute_t<S>>, S>; break;
-      FASTOPT_RULES(FASTOPT_CASE)
+  case RuleId::k##Rule: return update_function<Rule<compute_t<S>>, S>();
+    FASTOPT_RULES(FASTOPT_CASE)
 #undef FASTOPT_CASE
-      case RuleId::kCount: break;
-    }
-  });
-  return update;
+    default: return nullptr;
+  }
 }
 
 void update_slab(const Slab& slab, const RuleValue* rules, int64_t begin, int64_t end) {
   const RuleValue& rule = rules[slab.rule];
-  find_update(rule.id, slab.dtype)(slab, rule.bytes, begin, end);
+  with_stored_type(slab.dtype, [&](auto stored) {
+    using S = decltype(stored);
+    Arrays<S> arrays{static_cast<S*>(slab.param) + begin, static_cast<const S*>(slab.grad) + begin, {}};
+    for (int s = 0; s < rule.n_states; ++s) arrays.state[s] = static_cast<S*>(slab.state[s]) + begin;
+    find_update<S>(rule.id)(arrays, rule.bytes, end - begin);
+  });
 }
 
 }  // namespace

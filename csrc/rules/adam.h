@@ -20,9 +20,8 @@ struct Adam {
   using Real = T;
   using Options = AdamOptions;
   static constexpr int kStates = 2 + kAmsgrad;
-  static constexpr int kConstants = 9;
-  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, sign;
-  bool has_l2_decay, has_decoupled_decay;
+  static constexpr int kConstants = 10;
+  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
   // (lr / c1) m / (sqrt(v / c2) + eps), with sqrt(v / c2) as a product. Neither eps nor lr takes sqrt(c2), about 1/30
@@ -31,7 +30,6 @@ struct Adam {
     // 1 - beta^t without cancellation; log 0 is -inf, and beta = 0 gives 1.
     const double bias_correction1 = -std::expm1(step * std::log(o.beta1));
     const double bias_correction2_sqrt = std::sqrt(-std::expm1(step * std::log(o.beta2)));
-    const bool has_decay = o.weight_decay != 0;
     return {T(o.lr / bias_correction1),
             T(1 / bias_correction2_sqrt),
             T(o.beta1),
@@ -39,29 +37,27 @@ struct Adam {
             T(o.beta2),
             T(1 - o.beta2),
             T(o.eps),
-            T(o.decoupled_weight_decay ? o.lr * o.weight_decay : o.weight_decay),
-            T(o.maximize ? -1 : 1),
-            has_decay && !o.decoupled_weight_decay,
-            has_decay && o.decoupled_weight_decay};
+            T(o.decoupled_weight_decay ? 0 : o.weight_decay),
+            T(o.decoupled_weight_decay ? o.lr * o.weight_decay : 0),
+            T(o.maximize ? -1 : 1)};
   }
 
   FASTOPT_HD void operator()(T& param, T grad, T* state) const {
     grad *= sign;
-    if (has_decoupled_decay) {
+    if (decoupled_decay != 0) {
       // One rounding, where a factor 1 - decay would bring its own each step; an infinite parameter stays infinite.
       const bool is_finite = param - param == 0;
-      param = is_finite ? param - decay * param : param;
+      param = is_finite ? param - decoupled_decay * param : param;
     }
-    if (has_l2_decay) grad += decay * param;
+    if (l2_decay != 0) grad += l2_decay * param;
     T& exp_avg = state[0];
     T& exp_avg_sq = state[1];
     exp_avg = moving_average(exp_avg, grad, beta1, one_minus_beta1);
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad;
     T variance = exp_avg_sq;
     if constexpr (kAmsgrad) {
-      // A NaN on either side must win, as in torch.maximum.
       T& max_exp_avg_sq = state[2];
-      max_exp_avg_sq = exp_avg_sq > max_exp_avg_sq || exp_avg_sq != exp_avg_sq ? exp_avg_sq : max_exp_avg_sq;
+      max_exp_avg_sq = larger_or_nan(exp_avg_sq, max_exp_avg_sq);
       variance = max_exp_avg_sq;
     }
     param -= step_size * exp_avg / (std::sqrt(variance) * correction + eps);

@@ -20,16 +20,14 @@ struct RmsProp {
   static constexpr int kStates = 1 + kMomentum + kCentered;
   static constexpr int kConstants = 7;
   T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign;
-  bool has_weight_decay;
 
   FASTOPT_HD static RmsProp at_step(const RmsPropOptions& o, double /*step*/) {
-    return {T(o.lr),           T(o.alpha),    T(1 - o.alpha),         T(o.eps),
-            T(o.weight_decay), T(o.momentum), T(o.maximize ? -1 : 1), o.weight_decay != 0};
+    return {T(o.lr), T(o.alpha), T(1 - o.alpha), T(o.eps), T(o.weight_decay), T(o.momentum), T(o.maximize ? -1 : 1)};
   }
 
   FASTOPT_HD void operator()(T& param, T grad, T* state) const {
     grad *= sign;
-    if (has_weight_decay) grad += weight_decay * param;
+    if (weight_decay != 0) grad += weight_decay * param;
     T& square_avg = state[0];
     square_avg = alpha * square_avg + one_minus_alpha * grad * grad;
     T variance = square_avg;

@@ -18,16 +18,15 @@ struct Sgd {
   static constexpr int kStates = 0;
   static constexpr int kConstants = 3;
   T lr, weight_decay, sign;
-  bool has_weight_decay;
 
   FASTOPT_HD static Sgd at_step(const SgdOptions& o, double /*step*/) {
-    return {T(o.lr), T(o.weight_decay), T(o.maximize ? -1 : 1), o.weight_decay != 0};
+    return {T(o.lr), T(o.weight_decay), T(o.maximize ? -1 : 1)};
   }
 
   FASTOPT_HD void operator()(T& param, T grad, T* /*state*/) const {
     grad *= sign;
     // Not `grad + 0 * param`: an infinite parameter without decay must not become NaN.
-    if (has_weight_decay) grad += weight_decay * param;
+    if (weight_decay != 0) grad += weight_decay * param;
     param -= lr * grad;
   }
 };
@@ -38,25 +37,19 @@ struct SgdMomentum {
   using Real = T;
   using Options = SgdOptions;
   static constexpr int kStates = 1;
-  static constexpr int kConstants = 5;
-  T lr, weight_decay, sign, momentum, grad_scale;
-  bool has_weight_decay, is_first;
+  static constexpr int kConstants = 6;
+  T lr, weight_decay, sign, momentum, grad_scale, is_first;  // is_first: 1 or 0
 
   FASTOPT_HD static SgdMomentum at_step(const SgdOptions& o, double step) {
     const bool is_first = step == 1;
-    return {T(o.lr),
-            T(o.weight_decay),
-            T(o.maximize ? -1 : 1),
-            T(o.momentum),
-            T(is_first ? 1 : 1 - o.dampening),
-            o.weight_decay != 0,
-            is_first};
+    return {T(o.lr),    T(o.weight_decay), T(o.maximize ? -1 : 1), T(o.momentum), T(is_first ? 1 : 1 - o.dampening),
+            T(is_first)};
   }
 
   FASTOPT_HD void operator()(T& param, T grad, T* state) const {
     grad *= sign;
-    if (has_weight_decay) grad += weight_decay * param;
-    const T buffer = is_first ? grad : momentum * state[0] + grad_scale * grad;
+    if (weight_decay != 0) grad += weight_decay * param;
+    const T buffer = is_first != 0 ? grad : momentum * state[0] + grad_scale * grad;
     state[0] = buffer;
     param -= lr * (kNesterov ? grad + momentum * buffer : buffer);
   }

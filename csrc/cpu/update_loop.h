@@ -1,0 +1,129 @@
+// The one CPU loop for all rules and stored types; for 16-bit types also by blocks that are converted together.
+#pragma once
+
+#include <type_traits>  // is_same_v
+
+#include "cpu/isa.h"
+#include "cpu/sixteen_bits.h"
+#include "rules/rules.h"
+
+namespace fastopt::cpu {
+
+// Parameters, gradients and states of some elements.
+template <class S>
+struct Arrays {
+  S* param;
+  const S* grad;
+  S* state[kMaxStates];
+};
+
+template <class S>
+using Update = void (*)(const Arrays<S>&, const void* rule, int64_t n);
+
+template <class Rule, class S>
+FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64_t n) {
+  using T = typename Rule::Real;
+  constexpr int kStates = Rule::kStates;
+  S* __restrict param = arrays.param;
+  const S* __restrict grad = arrays.grad;
+  S* __restrict state0 = arrays.state[0];
+  S* __restrict state1 = arrays.state[1];
+  S* __restrict state2 = arrays.state[2];
+  for (int64_t i = 0; i < n; ++i) {
+    T value = load(param[i]);
+    T state[kMaxStates] = {};
+    if constexpr (kStates > 0) state[0] = load(state0[i]);
+    if constexpr (kStates > 1) state[1] = load(state1[i]);
+    if constexpr (kStates > 2) state[2] = load(state2[i]);
+    rule(value, load(grad[i]), state);
+    store(param[i], value);
+    if constexpr (kStates > 0) store(state0[i], state[0]);
+    if constexpr (kStates > 1) store(state1[i], state[1]);
+    if constexpr (kStates > 2) store(state2[i], state[2]);
+  }
+}
+
+template <class Rule, class S>
+FASTOPT_CLONES void update_arrays(const Arrays<S>& arrays, const void* rule_bytes, int64_t n) {
+  const Rule rule = *static_cast<const Rule*>(rule_bytes);
+  update_elements(arrays, rule, n);
+}
+
+#if defined(FASTOPT_TARGET_V3)
+// Where a processor has no instructions for a 16-bit type; one that has them gets the loops below.
+template <class Rule, class S>
+void update_baseline(const Arrays<S>& arrays, const void* rule_bytes, int64_t n) {
+  const Rule rule = *static_cast<const Rule*>(rule_bytes);
+  update_elements(arrays, rule, n);
+}
+
+// Elements of 16 bits that are widened together: in the first-level cache, and so few that the next are read meanwhile.
+constexpr int64_t kBlock = 64;
+
+template <class Rule, class Conversion, class S>
+FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
+  alignas(64) float param[kBlock], grad[kBlock], states[kMaxStates][kBlock];
+  for (int64_t i = 0; i < kBlock; i += Conversion::kWidth) {
+    Conversion::widen(arrays.param + i, param + i);
+    Conversion::widen(arrays.grad + i, grad + i);
+    for (int s = 0; s < Rule::kStates; ++s) Conversion::widen(arrays.state[s] + i, states[s] + i);
+  }
+  update_elements(Arrays<float>{param, grad, {states[0], states[1], states[2]}}, rule, kBlock);
+  for (int64_t i = 0; i < kBlock; i += Conversion::kWidth) {
+    Conversion::narrow(param + i, arrays.param + i);
+    for (int s = 0; s < Rule::kStates; ++s) Conversion::narrow(states[s] + i, arrays.state[s] + i);
+  }
+}
+
+template <class Rule, class Conversion, class S>
+FASTOPT_HD void update_by_blocks(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
+  const Rule rule = *static_cast<const Rule*>(rule_bytes);
+  for (; n >= kBlock; n -= kBlock) {
+    update_block<Rule, Conversion>(arrays, rule);
+    arrays.param += kBlock;
+    arrays.grad += kBlock;
+    for (int s = 0; s < Rule::kStates; ++s) arrays.state[s] += kBlock;
+  }
+  if (n == 0) return;
+  // A block that begins with what is left.
+  S param[kBlock] = {}, grad[kBlock] = {}, states[kMaxStates][kBlock] = {};
+  const size_t n_bytes = n * sizeof(S);
+  memcpy(param, arrays.param, n_bytes);
+  memcpy(grad, arrays.grad, n_bytes);
+  for (int s = 0; s < Rule::kStates; ++s) memcpy(states[s], arrays.state[s], n_bytes);
+  update_block<Rule, Conversion>(Arrays<S>{param, grad, {states[0], states[1], states[2]}}, rule);
+  memcpy(arrays.param, param, n_bytes);
+  for (int s = 0; s < Rule::kStates; ++s) memcpy(arrays.state[s], states[s], n_bytes);
+}
+
+// Flattened: what is called is inlined where it may use the level's instructions.
+template <class Rule, class Conversion, class S = typename Conversion::Stored>
+FASTOPT_TARGET_V3 __attribute__((flatten)) void update_v3(const Arrays<S>& arrays, const void* rule, int64_t n) {
+  update_by_blocks<Rule, Conversion>(arrays, rule, n);
+}
+#endif
+
+#if defined(FASTOPT_TARGET_V4)
+template <class Rule, class Conversion, class S = typename Conversion::Stored>
+FASTOPT_TARGET_V4 __attribute__((flatten)) void update_v4(const Arrays<S>& arrays, const void* rule, int64_t n) {
+  update_by_blocks<Rule, Conversion>(arrays, rule, n);
+}
+#endif
+
+template <class Rule, class S>
+Update<S> update_function() {
+#if defined(FASTOPT_TARGET_V4)
+  if constexpr (std::is_same_v<S, Half>) {
+    if (FASTOPT_CPU_HAS_V4) return update_v4<Rule, HalfV4>;
+  }
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    if (FASTOPT_CPU_HAS_V4) return update_v4<Rule, BFloat16V4>;
+  }
+#endif
+#if defined(FASTOPT_TARGET_V3)
+  if constexpr (std::is_same_v<S, Half>) return FASTOPT_CPU_HAS_V3 ? update_v3<Rule, HalfV3> : update_baseline<Rule, S>;
+#endif
+  return update_arrays<Rule, S>;
+}
+
+}  // namespace fastopt::cpu
