@@ -51,7 +51,7 @@ def test_the_loss_of_nearly_certain_rows_is_as_exact_as_that_of_others(n_classes
 @pytest.mark.native
 @on_cpu
 @pytest.mark.parametrize("smoothing", [0.0, 1e-6])
-@pytest.mark.parametrize("n_classes", [2, 16, 17, 64, 65, 1000, 5000])
+@pytest.mark.parametrize("n_classes", [2, 16, 17, 64, 65, 100, 128, 1000, 5000])
 def test_a_row_does_not_depend_on_those_beside_it(n_classes, smoothing):
     """Rows of a tile are computed together, and some of them again: those that are nearly certain of the target."""
     x = make_values((70, n_classes), scale=2.0)
@@ -62,6 +62,25 @@ def test_a_row_does_not_depend_on_those_beside_it(n_classes, smoothing):
     losses, grads = loss_and_grad(cross_entropy, x, target, **options)
     for i in range(70):
         loss, grad = loss_and_grad(cross_entropy, x[i : i + 1], target[i : i + 1], **options)
+        assert torch.equal(loss[0], losses[i]), i
+        assert torch.equal(grad[0], grads[i]), i
+
+
+@pytest.mark.native
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "sizes", [(30, 10, 3), (30, 70, 5), (9, 100, 20), (5, 20, 50), (9, 300, 2), (2, 300, 50)], ids=str
+)
+def test_an_image_does_not_depend_on_those_beside_it(sizes, dtype):
+    """Those of a tile are computed together, and a tile may begin amid one; the last tile may be a narrow one."""
+    x = make_values(sizes, dtype)
+    target = x.argmax(1)
+    target[::2] = 1
+    losses, grads = loss_and_grad(cross_entropy, x, target, reduction="none", label_smoothing=0.1)
+    for i in range(sizes[0]):
+        image = slice(i, i + 1)
+        loss, grad = loss_and_grad(cross_entropy, x[image], target[image], reduction="none", label_smoothing=0.1)
         assert torch.equal(loss[0], losses[i]), i
         assert torch.equal(grad[0], grads[i]), i
 

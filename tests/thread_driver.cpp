@@ -91,7 +91,7 @@ std::vector<float> losses(const cpu::Threads& threads, int64_t n_outer, int64_t 
 int count_wrong() {
   std::atomic<int> n_wrong{0};
   const std::vector<float> one[] = {updated(kOne), losses(kOne, 3000, 10, 1), losses(kOne, 300, 1000, 1),
-                                    losses(kOne, 4, 19, 700)};
+                                    losses(kOne, 4, 19, 700), losses(kOne, 900, 10, 3)};
   for (const std::vector<float>& result : one) n_wrong += result.empty();
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 3; ++caller) {
@@ -100,6 +100,7 @@ int count_wrong() {
       n_wrong += losses(kMany, 3000, 10, 1) != one[1];
       n_wrong += losses(kMany, 300, 1000, 1) != one[2];
       n_wrong += losses(kMany, 4, 19, 700) != one[3];
+      n_wrong += losses(kMany, 900, 10, 3) != one[4];
     });
   }
   for (std::thread& caller : callers) caller.join();

@@ -18,25 +18,30 @@ namespace fastopt::cpu {
 namespace {
 
 // Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one.
-constexpr int64_t kMaxNarrowClasses = 64;
+// Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
+constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
 constexpr int64_t kLogitsPerTask = 2048;
 // Logits below which another thread costs more than it saves.
 constexpr int64_t kMinLogitsPerThread = 4096;
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kMaxRun = 512;
-// Columns of more classes, and wide ones of fewer positions, are copied into rows.
+// Columns of more classes are copied into rows; so are those of an image of so few positions with more classes than
+// short tiles take: one tile's lanes would not be full, and two threads would have one task.
 constexpr int64_t kMaxTileClasses = 4096;
-constexpr int64_t kMinTilePositions = 16;
+constexpr int64_t kMinTilePositions = 48, kMaxShortTileClasses = 128;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 
-Walk walk_of(const LogitLayout& layout) {
-  if (layout.n_classes <= kMaxNarrowClasses) return Walk::kTiles;
+Walk walk_of(const LogitLayout& layout, DType dtype) {
+  const int64_t max_narrow = dtype == DType::kFloat64 ? kMaxNarrowDoubles : kMaxNarrowClasses;
+  if (layout.n_classes <= max_narrow) return Walk::kTiles;
   if (layout.is_rows()) return Walk::kRows;
-  const bool is_large = layout.n_classes > kMaxTileClasses || layout.n_inner < kMinTilePositions;
+  // By the image, not by how many there are: a position's loss does not depend on other images.
+  const bool is_short = layout.n_inner < kMinTilePositions;
+  const bool is_large = layout.n_classes > (is_short ? kMaxShortTileClasses : kMaxTileClasses);
   return is_large ? Walk::kGathered : Walk::kTiles;
 }
 
@@ -44,12 +49,15 @@ Walk walk_of(const LogitLayout& layout) {
 int64_t task_width(const LogitLayout& layout, Walk walk) {
   const int64_t n_logits = layout.is_rows() ? kLogitsPerTask : kTileElements;
   const int64_t width = std::max<int64_t>(n_logits / layout.n_classes, 1);
-  switch (walk) {
-    case Walk::kRows: return width;
-    case Walk::kTiles: return std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
-    // Whole lines, or a share of the positions for each of a few threads.
-    default: return std::clamp<int64_t>(divide_up(layout.n_outer * layout.n_inner, 4), 1, kMaxGathered);
+  if (walk == Walk::kRows) return width;
+  if (walk == Walk::kTiles) {
+    if (!layout.is_rows() && layout.n_inner <= kMaxShortRun) return kTileWidth / layout.n_inner * layout.n_inner;
+    return std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
   }
+  // A share of the positions for each of a few threads, in blocks of 4, which are transposed at once.
+  const int64_t share = std::clamp<int64_t>(divide_up(layout.n_outer * layout.n_inner, 4), 2, kMaxGathered);
+  const int64_t even = divide_up(layout.n_inner, divide_up(layout.n_inner, share));
+  return even <= 2 ? even : divide_up(even, 4) * 4;
 }
 
 // The last cache that a processor shares with its neighbours. sysconf gives the sum of all of them on some machines.
@@ -77,66 +85,57 @@ bool streams_gradient(const CrossEntropyProblem& p) {
     const LogitLayout& layout = p.logits_layout;
     n_bytes = layout.n_outer * layout.n_classes * layout.n_inner * (sizeof(S) + sizeof(gradient_t<S>));
   });
-  return n_bytes > max_cached_bytes().load(std::memory_order_relaxed);
+  return is_beyond_caches(n_bytes);
 }
 
-// Where a tile's positions begin, and how they lie.
-struct TilePlace {
-  int64_t offset;
-  TileView view;
-  static TilePlace of(const LogitLayout& layout, int64_t outer, int64_t first, int64_t n) {
-    if (layout.is_rows()) return {first * layout.outer_stride, {1, layout.outer_stride, layout.n_classes, n}};
-    return {outer * layout.outer_stride + first, {layout.class_stride, 1, layout.n_classes, n}};
-  }
-};
-
-// `n` positions from `first` of image `outer` (of all rows, for rows), as tiles side by side; the sum of their losses.
+// `n` positions from `first` on, as tiles side by side; the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_tiles(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) {
+double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
   using T = compute_t<S>;
   const CrossEntropyProblem& p = run.problem;
-  const int64_t n_classes = p.logits_layout.n_classes;
-  const int64_t first_position = p.logits_layout.is_rows() ? first : outer * p.logits_layout.n_inner + first;
+  const LogitLayout& layout = p.logits_layout;
+  const int64_t n_classes = layout.n_classes;
 
   // Lanes past the last position compute on zeros, so that no vector is left to a scalar loop.
-  const int64_t width = divide_up(n, kTileWidth) * kTileWidth;
-  T* buffer = p.logits_layout.is_rows() ? scratch<T>(n_classes * width, 0) : nullptr;
-  const auto read = [&](const void* from, const LogitLayout& layout, int slot) {
-    const TilePlace place = TilePlace::of(layout, outer, first, n);
+  const int64_t n_wide = n / kTileWidth * kTileWidth, last = tile_width(n - n_wide);
+  const int64_t width = n_wide + divide_up(n - n_wide, last) * last;
+  T* buffer = layout.is_rows() ? scratch<T>(n_classes * width, 0) : nullptr;
+  const auto read = [&](const void* from, const LogitLayout& from_layout, int slot) {
     T* to = scratch<T>(n_classes * width, slot);
-    read_tile(static_cast<const S*>(from) + place.offset, place.view, to, width, buffer);
+    read_tile(static_cast<const S*>(from), {from_layout, first, n}, to, width, buffer);
     return to;
   };
-  T* values = read(p.logits, p.logits_layout, 1);
+  T* values = read(p.logits, layout, 1);
   const T* probabilities = has_index(kTarget) ? nullptr : read(p.probabilities, p.probabilities_layout, 2);
+  const TileView ahead{layout, first + n, n};
   CompensatedSum sum;
-  for (int64_t i = 0; i < n; i += kTileWidth) {
-    const TilePlace ahead = TilePlace::of(p.logits_layout, outer, first + n + i, n);
+  for (int64_t i = 0; i < n; i += tile_width(n - i)) {
     Tile<T> tile{};
     tile.values = values + i;
     tile.stride = width;
     tile.n_classes = n_classes;
     tile.ignore_index = p.ignore_index;
-    tile.ahead = static_cast<const S*>(p.logits) + ahead.offset;
-    tile.ahead_stride = ahead.view.class_stride * static_cast<int64_t>(sizeof(S));
-    tile.n_positions = std::min(kTileWidth, n - i);
+    tile.ahead = static_cast<const S*>(p.logits) + ahead.offset(i);
+    tile.ahead_stride = layout.class_stride * static_cast<int64_t>(sizeof(S));
+    tile.n_positions = std::min(tile_width(n - i), n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
-      run.read_targets(first_position + i, tile.n_positions, targets);
+      run.read_targets(first + i, tile.n_positions, targets);
       std::fill(targets + tile.n_positions, targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
       tile.probabilities = probabilities + i;
     }
     double losses[kTileWidth];
-    sum.add(tile_cross_entropy<T, kTarget, kWantsGrad>(tile, target_terms<T>(p), p.grad_scale, losses));
-    for (int64_t j = 0; p.losses && j < tile.n_positions; ++j) {
-      store(static_cast<S*>(p.losses)[first_position + i + j], static_cast<T>(losses[j]));
-    }
+    const auto terms = target_terms<T>(p);
+    sum.add(with_bool(tile_width(n - i) == kTileWidth, [&](auto is_wide) {
+      constexpr int64_t kWidth = decltype(is_wide)::value ? kTileWidth : kNarrowTileWidth;
+      return tile_cross_entropy<T, kTarget, kWantsGrad, kWidth>(tile, terms, p.grad_scale, losses);
+    }));
+    for (int64_t j = 0; p.losses && j < tile.n_positions; ++j) store_loss<S>(p, first + i + j, losses[j]);
   }
   if constexpr (kWantsGrad) {
-    const TilePlace place = TilePlace::of(p.grad_layout, outer, first, n);
-    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad) + place.offset, place.view, buffer, run.streams);
+    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad), {p.grad_layout, first, n}, buffer, run.streams);
   }
   return sum.total();
 }
@@ -229,17 +228,19 @@ double sum_weights(const CrossEntropyProblem& p) {
 
 int64_t stream_beyond(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
 
-bool has_totals(const LogitLayout& layout) { return walk_of(layout) == Walk::kRows; }
+bool is_beyond_caches(int64_t n_bytes) { return n_bytes > max_cached_bytes().load(std::memory_order_relaxed); }
+
+bool has_totals(const LogitLayout& layout, DType dtype) { return walk_of(layout, dtype) == Walk::kRows; }
 
 bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double* loss_sum) {
   const LogitLayout& layout = p.logits_layout;
-  const int64_t n_classes = layout.n_classes;
-  const bool is_rows = layout.is_rows();
-  const Walk walk = walk_of(layout);
+  const int64_t n_positions = layout.n_outer * layout.n_inner;
+  const Walk walk = walk_of(layout, p.dtype);
   const int64_t width = task_width(layout, walk);
-  const int64_t n_line = is_rows ? layout.n_outer : layout.n_inner;
+  // Positions among which a task's lie.
+  const int64_t n_line = walk == Walk::kGathered ? layout.n_inner : n_positions;
   const int64_t tasks_per_line = divide_up(n_line, width);
-  const int64_t n_tasks = is_rows ? tasks_per_line : layout.n_outer * tasks_per_line;
+  const int64_t n_tasks = n_positions / n_line * tasks_per_line;
 
   CrossEntropyRun run{p, streams_gradient(p)};
   std::vector<double> sums(n_tasks);
@@ -249,16 +250,16 @@ bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double*
       with_bool(p.grad != nullptr, [&](auto wants_grad) {
         constexpr TargetKind kTarget = decltype(kind)::value;
         constexpr bool kWantsGrad = decltype(wants_grad)::value;
-        const Threads runners = at_most(threads, layout.n_outer * layout.n_inner * n_classes);
+        const Threads runners = at_most(threads, n_positions * layout.n_classes);
         share_tasks(runners, n_tasks, [&](auto&& next) {
           RowRun<S, kTarget, kWantsGrad> run_rows(run);
           for (int64_t task = next(); task < n_tasks; task = next()) {
-            const int64_t first = (task % tasks_per_line) * width;
-            const int64_t n = std::min(width, n_line - first), outer = task / tasks_per_line;
+            const int64_t of_line = (task % tasks_per_line) * width;
+            const int64_t first = task / tasks_per_line * n_line + of_line, n = std::min(width, n_line - of_line);
             switch (walk) {
-              case Walk::kTiles: sums[task] = run_tiles<S, kTarget, kWantsGrad>(run, outer, first, n); break;
+              case Walk::kTiles: sums[task] = run_tiles<S, kTarget, kWantsGrad>(run, first, n); break;
               case Walk::kRows: sums[task] = run_rows(first, first + n); break;
-              case Walk::kGathered: sums[task] = run_gathered<S, kTarget, kWantsGrad>(run, outer, first, n); break;
+              case Walk::kGathered: sums[task] = run_gathered<S, kTarget, kWantsGrad>(run, first, n); break;
             }
           }
           run_rows.end();

@@ -19,11 +19,14 @@ TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& thr
 double sum_weights(const CrossEntropyProblem& problem);
 
 // Whether `totals` of a problem are found and used.
-bool has_totals(const LogitLayout& layout);
+bool has_totals(const LogitLayout& layout, DType dtype);
 
 // Sets the bytes of logits and gradient beyond which a gradient is written past the caches; returns what it was, at
 // first the size of the last cache. For tests.
 int64_t stream_beyond(int64_t n_bytes);
+
+// Whether logits and gradient of so many bytes are streamed.
+bool is_beyond_caches(int64_t n_bytes);
 
 // Finds the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
 // Returns false if a target has become something that is not a class since the targets were tallied.

@@ -1,5 +1,5 @@
-// Columns of many classes, a few positions at a time, copied into rows: a tile has 64 lanes for however few positions,
-// and takes 64 numbers a class.
+// Columns of many classes, a few positions at a time, copied into rows: a tile of so many classes would not stay in the
+// caches, or would have few positions for its lanes.
 #pragma once
 
 #include <algorithm>    // min
@@ -16,13 +16,15 @@ namespace fastopt::cpu {
 constexpr int64_t kMaxGathered = 16;      // positions: a line of float
 constexpr int64_t kGatheredClasses = 64;  // that are copied at once
 
-// rows[j * row_stride + c] = from[c * class_stride + j] for the view's classes c and positions j.
+// rows[j * row_stride + c] = from[offset of position j + c * class_stride] for the classes c and positions j of a view,
+// which are of one image.
 template <class S>
 FASTOPT_CLONES void gather_rows(const S* from, const TileView& view, compute_t<S>* rows, int64_t row_stride) {
   using T = compute_t<S>;
-  const int64_t stride = view.class_stride;
-  for (int64_t c = 0; c < view.n_classes; c += kGatheredClasses) {
-    const int64_t n = std::min(kGatheredClasses, view.n_classes - c);
+  const int64_t stride = view.layout.class_stride, n_classes = view.layout.n_classes;
+  from += view.offset(0);
+  for (int64_t c = 0; c < n_classes; c += kGatheredClasses) {
+    const int64_t n = std::min(kGatheredClasses, n_classes - c);
     if constexpr (std::is_same_v<S, T>) {
       transpose(from + c * stride, stride, rows + c, row_stride, n, view.n);
     } else {
@@ -36,9 +38,10 @@ FASTOPT_CLONES void gather_rows(const S* from, const TileView& view, compute_t<S
 // The other way round.
 template <class T, class G>
 FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const TileView& view) {
-  const int64_t stride = view.class_stride;
-  for (int64_t c = 0; c < view.n_classes; c += kGatheredClasses) {
-    const int64_t n = std::min(kGatheredClasses, view.n_classes - c);
+  const int64_t stride = view.layout.class_stride, n_classes = view.layout.n_classes;
+  to += view.offset(0);
+  for (int64_t c = 0; c < n_classes; c += kGatheredClasses) {
+    const int64_t n = std::min(kGatheredClasses, n_classes - c);
     if constexpr (std::is_same_v<T, G>) {
       transpose(rows + c, row_stride, to + c * stride, stride, view.n, n);
     } else {
@@ -49,19 +52,17 @@ FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const
   }
 }
 
-// `n` positions from `first` of image `outer`; the sum of their losses.
+// `n` positions of one image, from `first` on; the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_gathered(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t n) {
+double run_gathered(CrossEntropyRun& run, int64_t first, int64_t n) {
   using T = compute_t<S>;
   const CrossEntropyProblem& p = run.problem;
   const int64_t n_classes = p.logits_layout.n_classes;
-  const int64_t position = outer * p.logits_layout.n_inner + first;
   // A line more, or rows of a power of two would be in each other's way in the caches.
   const int64_t row_stride = (n_classes / kGatheredClasses + 2) * kGatheredClasses;
   const auto gather = [&](const void* from, const LogitLayout& layout, int slot) {
     T* rows = scratch<T>(n * row_stride, slot);
-    const S* begin = static_cast<const S*>(from) + outer * layout.outer_stride + first;
-    gather_rows(begin, {layout.class_stride, 1, n_classes, n}, rows, row_stride);
+    gather_rows(static_cast<const S*>(from), {layout, first, n}, rows, row_stride);
     return rows;
   };
   T* rows = gather(p.logits, p.logits_layout, 1);
@@ -79,7 +80,7 @@ double run_gathered(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t 
     double loss = 0;
     bool is_kept = true;
     if constexpr (has_index(kTarget)) {
-      is_kept = read_target(run, position + j, row, terms);
+      is_kept = read_target(run, first + j, row, terms);
     } else {
       row.probabilities = probabilities + j * row_stride;
     }
@@ -94,13 +95,11 @@ double run_gathered(CrossEntropyRun& run, int64_t outer, int64_t first, int64_t 
     } else if constexpr (kWantsGrad) {
       memset(row.grad, 0, n_classes * sizeof(T));
     }
-    if (p.losses) store(static_cast<S*>(p.losses)[position + j], static_cast<T>(loss));
+    store_loss<S>(p, first + j, loss);
     sum.add(loss);
   }
   if constexpr (kWantsGrad) {
-    const LogitLayout& layout = p.grad_layout;
-    auto* to = static_cast<gradient_t<S>*>(p.grad) + outer * layout.outer_stride + first;
-    scatter_rows(rows, row_stride, to, {layout.class_stride, 1, n_classes, n});
+    scatter_rows(rows, row_stride, static_cast<gradient_t<S>*>(p.grad), {p.grad_layout, first, n});
   }
   return sum.total();
 }

@@ -16,6 +16,8 @@ namespace fastopt::cpu {
 constexpr int64_t kRowBlock = 2048;
 // Memory is fetched so many logits before they are read: the block after next.
 constexpr int64_t kFetchAhead = 2 * kRowBlock;
+// As a row's target, where it is not among the row's classes.
+constexpr int64_t kTargetElsewhere = -1;
 
 template <class S>
 struct Row {
@@ -264,33 +266,41 @@ FASTOPT_CLONES void write_row(RowGradient<S, kTarget>& waiting) {
 // The gradient of a row whose totals are known, which may go over its logits.
 template <class S, TargetKind kTarget>
 FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<S>> terms, double grad_scale,
-                                 const RowTotals& totals) {
+                                 const RowTotals& totals, bool streams) {
   using T = compute_t<S>;
   constexpr bool kHasTarget = has_index(kTarget);
   const double exact_factor = grad_scale * (totals.q_sum + (kHasTarget ? terms.on : 0)) / totals.exp_sum;
   const T factor = static_cast<T>(exact_factor), scale = static_cast<T>(grad_scale), max = static_cast<T>(totals.max);
-  const T target_logit = kHasTarget ? load(row.logits[row.target]) : T(0);
+  T target_value = 0;
+  if (kHasTarget && row.target != kTargetElsewhere) {
+    const T e = exp_nonpositive(load(row.logits[row.target]) - max);
+    target_value =
+        static_cast<T>(target_gradient<T, kTarget>(e, exact_factor, grad_scale, terms, terms.on, row.target));
+  }
   alignas(64) T x_buffer[kRowBlock];
+  LineWriter<gradient_t<S>, kLanes> lines;
+  lines.begin(row.grad, streams);
   for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
     const int64_t n = std::min(kRowBlock, row.n_classes - first);
     const T* x = widened(row.logits + first, n, x_buffer);
     const S* y = row.probabilities + (kHasTarget ? 0 : first);
-    gradient_t<S>* grad = row.grad + first;
     for_groups(row.logits + first, 0, n, [&](int64_t begin, int64_t m) __attribute__((always_inline)) {
+      gradient_t<S>* grad = lines.space(first + begin);
 #pragma omp simd
-      for (int64_t i = begin; i < begin + m; ++i) {
+      for (int64_t l = 0; l < m; ++l) {
         T probability = 0;
-        if constexpr (!kHasTarget) probability = load(y[i]);
-        const T e = exp_nonpositive(x[i] - max);
-        store(grad[i], class_gradient<T, kTarget>(e, factor, scale, terms, first + i, probability));
+        if constexpr (!kHasTarget) probability = load(y[begin + l]);
+        const T e = exp_nonpositive(x[begin + l] - max);
+        store(grad[l], class_gradient<T, kTarget>(e, factor, scale, terms, first + begin + l, probability));
       }
+      if constexpr (kHasTarget) {
+        const int64_t t = row.target - first - begin;
+        if (t >= 0 && t < m) store(grad[t], target_value);
+      }
+      lines.write(first + begin, m);
     });
   }
-  if constexpr (kHasTarget) {
-    const T e = exp_nonpositive(target_logit - max);
-    const double value = target_gradient<T, kTarget>(e, exact_factor, grad_scale, terms, terms.on, row.target);
-    store(row.grad[row.target], static_cast<T>(value));
-  }
+  lines.end(row.n_classes);
 }
 
 }  // namespace fastopt::cpu

@@ -41,7 +41,7 @@ class RowRun {
     CompensatedSum sum;
     for (int64_t i = begin; i < end; ++i) {
       const double loss = row_loss(i);
-      if (p_.losses) store(static_cast<S*>(p_.losses)[i], static_cast<T>(loss));
+      store_loss<S>(p_, i, loss);
       sum.add(loss);
     }
     return sum.total();
@@ -73,7 +73,7 @@ class RowRun {
       row.probabilities = static_cast<const S*>(p_.probabilities) + i * p_.probabilities_layout.outer_stride;
     }
     if (kWantsGrad && p_.totals) {
-      row_gradient<S, kTarget>(row, terms, p_.grad_scale, p_.totals[i]);
+      row_gradient<S, kTarget>(row, terms, p_.grad_scale, p_.totals[i], streams_);
       return 0;
     }
     RowTotals totals;

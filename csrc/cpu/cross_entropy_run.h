@@ -15,6 +15,12 @@ inline void copy_targets(const int64_t* from, int64_t n, int64_t* to) {
   asm volatile("" ::: "memory");
 }
 
+// The loss of a position, where each one's is wanted.
+template <class S>
+void store_loss(const CrossEntropyProblem& problem, int64_t position, double loss) {
+  if (problem.losses) store(static_cast<S*>(problem.losses)[position], static_cast<compute_t<S>>(loss));
+}
+
 // How many of them are neither classes nor ignored.
 int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index);
 

@@ -13,12 +13,15 @@
 
 namespace fastopt::cpu {
 
-// Positions of a tile: the lanes of its sums.
-constexpr int64_t kTileWidth = kLanes;
+// Positions of a tile: the lanes of its sums. Few positions take one or two narrow ones.
+constexpr int64_t kTileWidth = kLanes, kNarrowTileWidth = 16;
+
+// The width of the tile that takes the first of n positions.
+FASTOPT_HD int64_t tile_width(int64_t n) { return n <= 2 * kNarrowTileWidth ? kNarrowTileWidth : kTileWidth; }
 
 template <class T>
 struct Tile {
-  T* values;               // n_classes x kTileWidth: logits, which exponentials and then gradients replace
+  T* values;               // n_classes x width: logits, which exponentials and then gradients replace
   const T* probabilities;  // likewise, or null
   int64_t stride;          // from class to class
   int64_t n_classes;
@@ -29,23 +32,24 @@ struct Tile {
   int64_t ahead_stride;  // from class to class, in bytes
 };
 
-template <class T, TargetKind kTarget>
+template <class T, TargetKind kTarget, int64_t kWidth>
 struct TileSums {
-  alignas(64) T max[kTileWidth];
-  LaneSums<T> exp;
-  LaneSumsIf<!has_index(kTarget), T> q;
-  LaneSumsIf<kTarget != TargetKind::kIndex, T> qx;
+  alignas(64) T max[kWidth];
+  LaneSums<T, kWidth> exp;
+  LaneSumsIf<!has_index(kTarget), T, kWidth> q;
+  LaneSumsIf<kTarget != TargetKind::kIndex, T, kWidth> qx;
 };
 
 // Adds the exponentials and q of class c to the sums; leaves the exponentials in the logits' place.
-template <class T, TargetKind kTarget>
-FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c, TileSums<T, kTarget>& sums) {
+template <class T, TargetKind kTarget, int64_t kWidth>
+FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c,
+                          TileSums<T, kTarget, kWidth>& sums) {
   const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
-  for (int64_t i = 0; i < kTileWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
+  for (int64_t i = 0; i < kWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
   T* x = tile.values + c * tile.stride;
   [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
 #pragma omp simd
-  for (int64_t j = 0; j < kTileWidth; ++j) {
+  for (int64_t j = 0; j < kWidth; ++j) {
     const T shifted = x[j] - sums.max[j];
     const T e = exp_nonpositive(shifted);
     sums.exp.few[j] += e;
@@ -64,67 +68,67 @@ constexpr double kMostlyMax = 1.25;                // a sum below this is mostly
 // Sums again, without the maximum's exponential, where that is most of the sum and the target may have it: it is 1, and
 // beside it the others were rounded to its units, though the loss of a row that is nearly certain is their sum. The
 // loss of another target is log 2 or more. target_logit: of each position, or null.
-template <class T>
+template <int64_t kWidth, class T>
 FASTOPT_HD void sum_below_max(const Tile<T>& tile, const T* max, const T* target_logit, double* exp_sum) {
-  int64_t is_mostly_max[kTileWidth], n_needed = 0;
+  int64_t is_mostly_max[kWidth], n_needed = 0;
 #pragma omp simd reduction(+ : n_needed)
-  for (int64_t j = 0; j < kTileWidth; ++j) {
+  for (int64_t j = 0; j < kWidth; ++j) {
     const bool may_be_target = !target_logit || target_logit[j] == max[j];
     is_mostly_max[j] = may_be_target && exp_sum[j] >= 1 && exp_sum[j] < kMostlyMax;  // below 1: no logit is finite
     n_needed += is_mostly_max[j];
   }
   if (n_needed == 0) return;
-  double rest[kTileWidth] = {};
+  double rest[kWidth] = {};
   for (int64_t begin = 0; begin < tile.n_classes; begin += kTermsBelowMax) {
     const int64_t end = std::min(begin + kTermsBelowMax, tile.n_classes);
-    alignas(64) T below[kTileWidth] = {};
+    alignas(64) T below[kWidth] = {};
     for (int64_t c = begin; c < end; ++c) {
       const T* e = tile.values + c * tile.stride;
 #pragma omp simd
-      for (int64_t j = 0; j < kTileWidth; ++j) below[j] += e[j] < 1 ? e[j] : T(0);
+      for (int64_t j = 0; j < kWidth; ++j) below[j] += e[j] < 1 ? e[j] : T(0);
     }
-    for (int64_t j = 0; j < kTileWidth; ++j) rest[j] += below[j];
+    for (int64_t j = 0; j < kWidth; ++j) rest[j] += below[j];
   }
-  for (int64_t j = 0; j < kTileWidth; ++j) exp_sum[j] = is_mostly_max[j] ? 1 + rest[j] : exp_sum[j];
+  for (int64_t j = 0; j < kWidth; ++j) exp_sum[j] = is_mostly_max[j] ? 1 + rest[j] : exp_sum[j];
 }
 
 // The largest logit of each position.
-template <class T>
+template <int64_t kWidth, class T>
 FASTOPT_HD void find_max(const Tile<T>& tile, T* result) {
-  alignas(64) T max[kTileWidth];  // which stays in registers
-  for (int64_t j = 0; j < kTileWidth; ++j) max[j] = std::numeric_limits<T>::lowest();
+  alignas(64) T max[kWidth];  // which stays in registers
+  for (int64_t j = 0; j < kWidth; ++j) max[j] = std::numeric_limits<T>::lowest();
   for (int64_t c = 0; c < tile.n_classes; ++c) {
     const T* x = tile.values + c * tile.stride;
 #pragma omp simd
-    for (int64_t j = 0; j < kTileWidth; ++j) max[j] = x[j] > max[j] ? x[j] : max[j];
+    for (int64_t j = 0; j < kWidth; ++j) max[j] = x[j] > max[j] ? x[j] : max[j];
   }
-  for (int64_t j = 0; j < kTileWidth; ++j) result[j] = max[j];
+  for (int64_t j = 0; j < kWidth; ++j) result[j] = max[j];
 }
 
 // Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile; the losses' sum.
-template <class T, TargetKind kTarget, bool kWantsGrad>
+template <class T, TargetKind kTarget, bool kWantsGrad, int64_t kWidth>
 FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
                                          double* losses) {
   constexpr bool kHasTarget = has_index(kTarget);
-  TileSums<T, kTarget> sums;
-  find_max(tile, sums.max);
+  TileSums<T, kTarget, kWidth> sums;
+  find_max<kWidth>(tile, sums.max);
 
   // Read before exponentials take the logits' place.
-  T target_logit[kTileWidth], target_exp[kTileWidth];
-  double on[kTileWidth];
-  int64_t targets[kTileWidth];  // 0 where they are ignored
-  bool is_kept[kTileWidth];
-  for (int64_t j = 0; j < kTileWidth; ++j) {
+  T target_logit[kWidth], target_exp[kWidth];
+  double on[kWidth];
+  int64_t targets[kWidth];  // 0 where they are ignored
+  bool is_kept[kWidth];
+  for (int64_t j = 0; j < kWidth; ++j) {
     is_kept[j] = !kHasTarget || tile.target[j] != tile.ignore_index;
     targets[j] = kHasTarget && is_kept[j] ? tile.target[j] : 0;
   }
-  for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {
+  for (int64_t j = 0; kHasTarget && j < kWidth; ++j) {
     target_logit[j] = tile.values[targets[j] * tile.stride + j];
     on[j] = !is_kept[j] ? 0.0 : terms.weight ? terms.on * terms.weight[targets[j]] : terms.on;
   }
   for (int64_t part = 0; part < tile.n_classes; part += kSumTerms) {
     const int64_t end = std::min(part + kSumTerms, tile.n_classes);
-    for (int64_t c = part; c < end; ++c) add_class<T, kTarget>(tile, terms, c, sums);
+    for (int64_t c = part; c < end; ++c) add_class<T, kTarget, kWidth>(tile, terms, c, sums);
     sums.exp.flush();
     sums.q.flush();
     sums.qx.flush();
@@ -132,21 +136,21 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
 
   // What is found of each position, in vectors of double.
   double* exp_sum = sums.exp.all;
-  double log_sum[kTileWidth];
+  double log_sum[kWidth] = {};
   if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
-    for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = std::log(exp_sum[j]);
+    for (int64_t j = 0; j < tile.n_positions; ++j) log_sum[j] = std::log(exp_sum[j]);
   } else {
-    sum_below_max(tile, sums.max, kHasTarget ? target_logit : nullptr, exp_sum);
+    sum_below_max<kWidth>(tile, sums.max, kHasTarget ? target_logit : nullptr, exp_sum);
 #pragma omp simd
-    for (int64_t j = 0; j < kTileWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
-    for (int64_t j = 0; j < kTileWidth; ++j) {
+    for (int64_t j = 0; j < kWidth; ++j) log_sum[j] = log_from_one(exp_sum[j]);
+    for (int64_t j = 0; j < kWidth; ++j) {
       if (!(exp_sum[j] >= 1)) log_sum[j] = std::log(exp_sum[j]);  // logits that are not finite
     }
   }
-  double exact_factor[kTileWidth];
-  T factor[kTileWidth];
+  double exact_factor[kWidth];
+  T factor[kWidth];
 #pragma omp simd
-  for (int64_t j = 0; j < kTileWidth; ++j) {
+  for (int64_t j = 0; j < kWidth; ++j) {
     const double row_on = kHasTarget ? on[j] : 0.0;
     const double q_sum = kHasTarget ? terms.spread_sum : sums.q.of_lane(j);
     const RowSums<double> row{static_cast<double>(sums.max[j]), exp_sum[j], q_sum, sums.qx.of_lane(j)};
@@ -158,20 +162,20 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   }
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < kTileWidth; ++j) sum += j < tile.n_positions ? losses[j] : 0.0;
+  for (int64_t j = 0; j < kWidth; ++j) sum += j < tile.n_positions ? losses[j] : 0.0;
   if constexpr (!kWantsGrad) return sum;
 
-  for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) target_exp[j] = tile.values[targets[j] * tile.stride + j];
+  for (int64_t j = 0; kHasTarget && j < kWidth; ++j) target_exp[j] = tile.values[targets[j] * tile.stride + j];
   const T scale = static_cast<T>(grad_scale);
   for (int64_t c = 0; c < tile.n_classes; ++c) {
     T* values = tile.values + c * tile.stride;
     [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
 #pragma omp simd
-    for (int64_t j = 0; j < kTileWidth; ++j) {
+    for (int64_t j = 0; j < kWidth; ++j) {
       values[j] = class_gradient<T, kTarget>(values[j], factor[j], scale, terms, c, has_index(kTarget) ? T(0) : y[j]);
     }
   }
-  for (int64_t j = 0; kHasTarget && j < kTileWidth; ++j) {
+  for (int64_t j = 0; kHasTarget && j < kWidth; ++j) {
     const double value =
         target_gradient<T, kTarget>(target_exp[j], exact_factor[j], grad_scale, terms, on[j], targets[j]);
     tile.values[targets[j] * tile.stride + j] = static_cast<T>(value);

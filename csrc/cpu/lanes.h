@@ -24,23 +24,23 @@ FASTOPT_HD T fold_lanes(T* lanes, F f) {
 }
 
 // Sums of terms, by lane: of a few in the compute type, of all in double.
-template <class T>
+template <class T, int64_t kN = kLanes>
 struct LaneSums {
-  alignas(64) T few[kLanes] = {};
-  alignas(64) double all[kLanes] = {};
+  alignas(64) T few[kN] = {};
+  alignas(64) double all[kN] = {};
 
   FASTOPT_HD void flush() {
 #pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
+    for (int64_t l = 0; l < kN; ++l) {
       all[l] += few[l];
       few[l] = 0;
     }
   }
   FASTOPT_HD double of_lane(int64_t l) const { return all[l]; }
   FASTOPT_HD double total() const {
-    alignas(64) double lanes[kLanes];
-    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = all[l];
-    return fold_lanes(lanes, [](double a, double b) { return a + b; });
+    alignas(64) double lanes[kN];
+    for (int64_t l = 0; l < kN; ++l) lanes[l] = all[l];
+    return fold_lanes<kN / 2>(lanes, [](double a, double b) { return a + b; });
   }
 };
 
@@ -51,8 +51,8 @@ struct NoLaneSums {
   FASTOPT_HD double total() const { return 0; }
 };
 
-template <bool kIsUsed, class T>
-using LaneSumsIf = std::conditional_t<kIsUsed, LaneSums<T>, NoLaneSums>;
+template <bool kIsUsed, class T, int64_t kN = kLanes>
+using LaneSumsIf = std::conditional_t<kIsUsed, LaneSums<T, kN>, NoLaneSums>;
 
 // A sum of many terms in double that is as exact as if it were rounded once (Neumaier, 1974).
 class CompensatedSum {

@@ -7,50 +7,123 @@
 #include "common.h"
 #include "cpu/isa.h"
 #include "cpu/line_writer.h"
+#include "losses/cross_entropy.h"
 
 namespace fastopt::cpu {
 
-// Where the logits of `n` positions lie: (class c, position j) at c * class_stride + j * position_stride.
+// Images of up to this many positions lie side by side in a tile, as many as it has room for.
+constexpr int64_t kMaxShortRun = 32;
+constexpr int64_t kBlockClasses = 64;  // of them that are copied at once
+
+// The logits of `n` positions from `first` on, which are counted over all images. A row is an image of one position.
 struct TileView {
-  int64_t class_stride, position_stride;
-  int64_t n_classes, n;
+  LogitLayout layout;
+  int64_t first, n;
+
+  // Where position j of them lies.
+  FASTOPT_HD int64_t offset(int64_t j) const {
+    const int64_t outer = (first + j) / layout.n_inner;
+    return outer * layout.outer_stride + (first + j - outer * layout.n_inner);
+  }
+  // Calls f(j, m, offset) for each run of m positions from position j on that lie side by side.
+  template <class F>
+  FASTOPT_HD void for_runs(F&& f) const {
+    for (int64_t j = 0; j < n;) {
+      const int64_t m = std::min(n - j, layout.n_inner - (first + j) % layout.n_inner);
+      f(j, m, offset(j));
+      j += m;
+    }
+  }
 };
 
-// 4 x 4 numbers of 4 bytes, in registers that every x86-64 and AArch64 has.
-FASTOPT_HD void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  Four a, b, c, d;
-  memcpy(&a, from, sizeof(a));
-  memcpy(&b, from + from_stride, sizeof(b));
-  memcpy(&c, from + 2 * from_stride, sizeof(c));
-  memcpy(&d, from + 3 * from_stride, sizeof(d));
-  const Four ac_low = __builtin_shufflevector(a, c, 0, 4, 1, 5), ac_high = __builtin_shufflevector(a, c, 2, 6, 3, 7);
-  const Four bd_low = __builtin_shufflevector(b, d, 0, 4, 1, 5), bd_high = __builtin_shufflevector(b, d, 2, 6, 3, 7);
-  a = __builtin_shufflevector(ac_low, bd_low, 0, 4, 1, 5);
-  b = __builtin_shufflevector(ac_low, bd_low, 2, 6, 3, 7);
-  c = __builtin_shufflevector(ac_high, bd_high, 0, 4, 1, 5);
-  d = __builtin_shufflevector(ac_high, bd_high, 2, 6, 3, 7);
-  memcpy(to, &a, sizeof(a));
-  memcpy(to + to_stride, &b, sizeof(b));
-  memcpy(to + 2 * to_stride, &c, sizeof(c));
-  memcpy(to + 3 * to_stride, &d, sizeof(d));
+// Blocks of numbers are transposed in registers that every x86-64 and AArch64 has.
+typedef float FourFloats __attribute__((vector_size(16)));
+typedef double TwoDoubles __attribute__((vector_size(16)));
+
+template <class V, class T>
+FASTOPT_HD V load_vector(const T* from) {
+  V vector;
+  memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+template <class V, class T>
+FASTOPT_HD void store_vector(V vector, T* to) {
+  memcpy(to, &vector, sizeof(vector));
+}
+
+template <int64_t kN, int64_t kM, class T>
+struct TransposedBlock;
+
+template <>
+struct TransposedBlock<4, 4, float> {
+  FASTOPT_HD static void copy(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const auto a = load_vector<FourFloats>(from), b = load_vector<FourFloats>(from + from_stride);
+    const auto c = load_vector<FourFloats>(from + 2 * from_stride), d = load_vector<FourFloats>(from + 3 * from_stride);
+    const auto ac_low = __builtin_shufflevector(a, c, 0, 4, 1, 5), ac_high = __builtin_shufflevector(a, c, 2, 6, 3, 7);
+    const auto bd_low = __builtin_shufflevector(b, d, 0, 4, 1, 5), bd_high = __builtin_shufflevector(b, d, 2, 6, 3, 7);
+    store_vector(__builtin_shufflevector(ac_low, bd_low, 0, 4, 1, 5), to);
+    store_vector(__builtin_shufflevector(ac_low, bd_low, 2, 6, 3, 7), to + to_stride);
+    store_vector(__builtin_shufflevector(ac_high, bd_high, 0, 4, 1, 5), to + 2 * to_stride);
+    store_vector(__builtin_shufflevector(ac_high, bd_high, 2, 6, 3, 7), to + 3 * to_stride);
+  }
+};
+
+// Two numbers of 4 bytes are moved as one of 8.
+template <>
+struct TransposedBlock<4, 2, float> {
+  FASTOPT_HD static void copy(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const auto pair = [&](int64_t i) { return load_vector<double>(from + i * from_stride); };
+    const auto a = bit_cast<FourFloats>(TwoDoubles{pair(0), pair(1)});
+    const auto b = bit_cast<FourFloats>(TwoDoubles{pair(2), pair(3)});
+    store_vector(__builtin_shufflevector(a, b, 0, 2, 4, 6), to);
+    store_vector(__builtin_shufflevector(a, b, 1, 3, 5, 7), to + to_stride);
+  }
+};
+
+template <>
+struct TransposedBlock<2, 4, float> {
+  FASTOPT_HD static void copy(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const auto a = load_vector<FourFloats>(from), b = load_vector<FourFloats>(from + from_stride);
+    const auto low = bit_cast<TwoDoubles>(__builtin_shufflevector(a, b, 0, 4, 1, 5));
+    const auto high = bit_cast<TwoDoubles>(__builtin_shufflevector(a, b, 2, 6, 3, 7));
+    store_vector(low[0], to);
+    store_vector(low[1], to + to_stride);
+    store_vector(high[0], to + 2 * to_stride);
+    store_vector(high[1], to + 3 * to_stride);
+  }
+};
+
+template <>
+struct TransposedBlock<2, 2, double> {
+  FASTOPT_HD static void copy(const double* from, int64_t from_stride, double* to, int64_t to_stride) {
+    const auto a = load_vector<TwoDoubles>(from), b = load_vector<TwoDoubles>(from + from_stride);
+    store_vector(__builtin_shufflevector(a, b, 0, 2), to);
+    store_vector(__builtin_shufflevector(a, b, 1, 3), to + to_stride);
+  }
+};
+
+// In blocks, of which the last of a line begins early, where it must, and writes some numbers again.
+template <int64_t kN, int64_t kM, class T>
+FASTOPT_HD void transpose_blocks(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n, int64_t m) {
+  for (int64_t i = 0; i < n; i += kN) {
+    const int64_t row = std::min(i, n - kN);
+    for (int64_t j = 0; j < m; j += kM) {
+      const int64_t column = std::min(j, m - kM);
+      TransposedBlock<kN, kM, T>::copy(from + row * from_stride + column, from_stride, to + column * to_stride + row,
+                                       to_stride);
+    }
+  }
 }
 
 // to[j][i] = from[i][j] for i < n, j < m.
 template <class T>
 FASTOPT_HD void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n, int64_t m) {
   if constexpr (std::is_same_v<T, float>) {
-    if (n >= 4 && m >= 4) {
-      // The last block of a line begins early, where it must, and writes some numbers again.
-      for (int64_t i = 0; i < n; i += 4) {
-        const int64_t row = i + 4 <= n ? i : n - 4;
-        for (int64_t j = 0; j < m; j += 4) {
-          const int64_t column = j + 4 <= m ? j : m - 4;
-          transpose_4x4(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
-        }
-      }
-      return;
-    }
+    if (n >= 4 && m >= 4) return transpose_blocks<4, 4>(from, from_stride, to, to_stride, n, m);
+    if (n >= 4 && m >= 2) return transpose_blocks<4, 2>(from, from_stride, to, to_stride, n, m);
+    if (n >= 2 && m >= 4) return transpose_blocks<2, 4>(from, from_stride, to, to_stride, n, m);
+  } else {
+    if (n >= 2 && m >= 2) return transpose_blocks<2, 2>(from, from_stride, to, to_stride, n, m);
   }
   for (int64_t j = 0; j < m; ++j) {
     for (int64_t i = 0; i < n; ++i) to[j * to_stride + i] = from[i * from_stride + j];
@@ -63,12 +136,34 @@ FASTOPT_HD void convert(const From* from, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<compute_t<To>>(load(from[i])));
 }
 
+// Runs of n numbers, kStep <= n <= 2 * kStep, in two steps that may overlap: none is left to a scalar loop.
+template <int64_t kStep, class To, class From>
+FASTOPT_HD void convert_runs_by(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
+                                int64_t n) {
+  for (int64_t i = 0; i < n_runs; ++i, from += from_stride, to += to_stride) {
+    convert(from, to, kStep);
+    if (n > kStep) convert(from + n - kStep, to + n - kStep, kStep);
+  }
+}
+
 // Runs of n numbers, each a stride after the other: as one where they are side by side.
 template <class To, class From>
 FASTOPT_HD void convert_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
                              int64_t n) {
   if (from_stride == n && to_stride == n) return convert(from, to, n_runs * n);
-  for (int64_t i = 0; i < n_runs; ++i) convert(from + i * from_stride, to + i * to_stride, n);
+  if (n > 32) {
+    for (int64_t i = 0; i < n_runs; ++i) convert(from + i * from_stride, to + i * to_stride, n);
+  } else if (n >= 16) {
+    convert_runs_by<16>(from, from_stride, to, to_stride, n_runs, n);
+  } else if (n >= 8) {
+    convert_runs_by<8>(from, from_stride, to, to_stride, n_runs, n);
+  } else if (n >= 4) {
+    convert_runs_by<4>(from, from_stride, to, to_stride, n_runs, n);
+  } else if (n >= 2) {
+    convert_runs_by<2>(from, from_stride, to, to_stride, n_runs, n);
+  } else {
+    convert_runs_by<1>(from, from_stride, to, to_stride, n_runs, n);
+  }
 }
 
 // A run of numbers, past the caches if it streams.
@@ -86,39 +181,81 @@ FASTOPT_HD void write_run(const From* from, To* to, int64_t n, bool streams) {
   lines.end(n);
 }
 
-// Fills a tile of `width` positions; those past the view's are 0. `buffer` holds n * n_classes numbers.
+// Calls f(first class, number of classes, position, offset of its image) for each block of whole images.
+template <class F>
+FASTOPT_HD void for_short_blocks(const TileView& view, F&& f) {
+  for (int64_t c = 0; c < view.layout.n_classes; c += kBlockClasses) {
+    const int64_t n_classes = std::min(kBlockClasses, view.layout.n_classes - c);
+    int64_t offset = view.offset(0) + c * view.layout.class_stride;
+    for (int64_t j = 0; j < view.n; j += view.layout.n_inner, offset += view.layout.outer_stride) {
+      f(c, n_classes, j, offset);
+    }
+  }
+}
+
+// Fills a tile of `width` positions; those past the view's are 0. `buffer` holds n * n_classes numbers, for rows.
 template <class S>
 FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>* to, int64_t width,
                               compute_t<S>* buffer) {
   using T = compute_t<S>;
-  if (view.n < width) memset(to, 0, view.n_classes * width * sizeof(T));
-  if (view.position_stride == 1) {
-    convert_runs(from, view.class_stride, to, width, view.n_classes, view.n);
-    return;
-  }
-  if constexpr (std::is_same_v<S, T>) {
-    transpose(from, view.position_stride, to, width, view.n, view.n_classes);
+  const LogitLayout layout = view.layout;
+  const int64_t n_classes = layout.n_classes, n_inner = layout.n_inner, stride = layout.class_stride;
+  if (view.n < width) memset(to, 0, n_classes * width * sizeof(T));
+  if (layout.is_rows()) {
+    from += view.offset(0);
+    if constexpr (std::is_same_v<S, T>) {
+      transpose(from, layout.outer_stride, to, width, view.n, n_classes);
+    } else {
+      convert_runs(from, layout.outer_stride, buffer, n_classes, view.n, n_classes);
+      transpose(buffer, n_classes, to, width, view.n, n_classes);
+    }
+  } else if (n_inner <= kMaxShortRun) {
+    for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
+      T* block = to + c * width + j;
+      if constexpr (std::is_same_v<S, T>) {
+        convert_runs(from + offset, stride, block, width, n, n_inner);
+      } else {
+        T converted[kBlockClasses * kMaxShortRun];
+        convert_runs(from + offset, stride, converted, n_inner, n, n_inner);
+        convert_runs(converted, n_inner, block, width, n, n_inner);
+      }
+    });
   } else {
-    convert_runs(from, view.position_stride, buffer, view.n_classes, view.n, view.n_classes);
-    transpose(buffer, view.n_classes, to, width, view.n, view.n_classes);
+    view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
+      convert_runs(from + offset, stride, to + j, width, n_classes, m);
+    });
   }
 }
 
 // The other way round, without the positions past the view's.
 template <class T, class G>
 FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileView& view, T* buffer, bool streams) {
-  if (view.position_stride == 1) {
-    for (int64_t c = 0; c < view.n_classes; ++c) {
-      write_run(from + c * width, to + c * view.class_stride, view.n, streams);
+  const LogitLayout layout = view.layout;
+  const int64_t n_classes = layout.n_classes, n_inner = layout.n_inner, stride = layout.class_stride;
+  if (layout.is_rows()) {
+    to += view.offset(0);
+    if constexpr (std::is_same_v<T, G>) {
+      if (!streams) return transpose(from, width, to, layout.outer_stride, n_classes, view.n);
     }
-    return;
+    transpose(from, width, buffer, n_classes, n_classes, view.n);
+    if (layout.outer_stride == n_classes) return write_run(buffer, to, view.n * n_classes, streams);
+    convert_runs(buffer, n_classes, to, layout.outer_stride, view.n, n_classes);
+  } else if (n_inner <= kMaxShortRun) {
+    for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
+      const T* block = from + c * width + j;
+      if constexpr (std::is_same_v<T, G>) {
+        convert_runs(block, width, to + offset, stride, n, n_inner);
+      } else {
+        T unconverted[kBlockClasses * kMaxShortRun];
+        convert_runs(block, width, unconverted, n_inner, n, n_inner);
+        convert_runs(unconverted, n_inner, to + offset, stride, n, n_inner);
+      }
+    });
+  } else {
+    view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < n_classes; ++c) write_run(from + c * width + j, to + offset + c * stride, m, streams);
+    });
   }
-  if constexpr (std::is_same_v<T, G>) {
-    if (!streams) return transpose(from, width, to, view.position_stride, view.n_classes, view.n);
-  }
-  transpose(from, width, buffer, view.n_classes, view.n_classes, view.n);
-  if (view.position_stride == view.n_classes) return write_run(buffer, to, view.n * view.n_classes, streams);
-  convert_runs(buffer, view.n_classes, to, view.position_stride, view.n, view.n_classes);
 }
 
 }  // namespace fastopt::cpu
