@@ -17,13 +17,19 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
-from common import DTYPES, assert_no_worse, error
+from common import DTYPES, assert_no_worse, error, is_native, kernel_calls
 from distributed_modes import Check, mesh
 from fastopt.nn.functional import cross_entropy
 
 N_CLASSES = 11
-SHARES = {2: (5, 6), 4: (5, 0, 4, 2)}
+# More classes than a block of the kernel has; shares of it, and shares that it does not take.
+N_MANY, MIN_KERNEL_CLASSES = 5000, 65
+SHARES = {
+    N_CLASSES: {2: (5, 6), 4: (5, 0, 4, 2)},
+    N_MANY: {1: (5000,), 2: (2100, 2900), 3: (65, 4935, 0), 4: (2100, 0, 64, 2836)},
+}
 WEIGHT = torch.linspace(0.2, 3.0, N_CLASSES, dtype=torch.float64)
+MANY_WEIGHTS = torch.linspace(0.2, 3.0, N_MANY, dtype=torch.float64)
 ALL_REDUCED_TWICE = ["c10d.allreduce_.default"] * 2
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -40,10 +46,32 @@ CASES = {
     "smoothing only": dict(label_smoothing=1.0),
     "smoothing, weights, ignored": dict(label_smoothing=0.3, weight=WEIGHT, n_ignored=3),
     "a shift of 10000": dict(shift=10000.0),
-    "masked classes": dict(masked=(0, 1, 2, 3, 4)),  # all that the first process holds
+    "masked classes": dict(n_masked=5),  # all that the first process holds
     "a NaN logit": dict(broken=math.nan),
     "an infinite logit": dict(broken=math.inf),
 }
+MANY = {
+    "defaults": dict(),
+    "one position": dict(shape=(N_MANY,), weight=MANY_WEIGHTS, label_smoothing=0.1),
+    "positions in two dimensions": dict(shape=(4, N_MANY, 3), weight=MANY_WEIGHTS, label_smoothing=0.1),
+    "no positions": dict(shape=(0, N_MANY)),
+    "weights": dict(weight=MANY_WEIGHTS),
+    "ignored positions": dict(n_ignored=3),
+    "an ignored class": dict(ignore_index=7),
+    "all ignored": dict(n_ignored=16, label_smoothing=0.3),
+    "smoothing": dict(label_smoothing=0.3),
+    "smoothing only": dict(label_smoothing=1.0, weight=MANY_WEIGHTS),
+    "smoothing, weights, ignored": dict(label_smoothing=0.3, weight=MANY_WEIGHTS, n_ignored=3),
+    "a shift of 10000": dict(shift=10000.0, label_smoothing=0.3),
+    "masked classes": dict(n_masked=2100),
+    "masked classes, smoothing": dict(n_masked=2100, label_smoothing=0.3, weight=MANY_WEIGHTS),
+    "all classes masked": dict(n_masked=N_MANY),
+    "a NaN logit": dict(broken=math.nan),
+    "an infinite logit": dict(broken=math.inf, label_smoothing=0.3),
+    "nearly certain": dict(certain=20.0),
+    "nearly certain, smoothing": dict(certain=20.0, label_smoothing=0.1),
+}
+MANY = {case: {"shape": (16, N_MANY), **options} for case, options in MANY.items()}
 
 
 class Collectives(TorchDispatchMode):
@@ -61,17 +89,20 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def make(shape=(16, N_CLASSES), n_ignored=0, shift=0.0, masked=(), broken=None, **options):
+def make(shape=(16, N_CLASSES), n_ignored=0, shift=0.0, n_masked=0, broken=None, certain=None, **options):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 3 + shift
     dim = 1 if len(shape) > 1 else 0
+    n_classes = shape[dim]
     positions = shape[:1] + shape[2:] if dim else ()
-    target = torch.randint(5 if masked else 0, N_CLASSES, positions, generator=generator)
-    if n_ignored:
-        target[:n_ignored] = -100
-    logits.narrow(dim, 0, 5)[...] = -torch.inf if masked else logits.narrow(dim, 0, 5)
+    target = torch.randint(n_masked % n_classes, n_classes, positions, generator=generator)
+    logits.narrow(dim, 0, n_masked)[...] = -torch.inf
     if broken is not None:
         logits[2, 8] = broken
+    if certain is not None:
+        logits.scatter_(dim, target.unsqueeze(dim), logits.amax(dim, keepdim=True) + certain)
+    if n_ignored:
+        target[:n_ignored] = -100
     return logits, target, options
 
 
@@ -90,9 +121,10 @@ def slope(loss):
 
 def sharded(logits, target, group=None, weight=None, **options):
     """Our loss, our share of the gradient, and where it belongs."""
-    n_processes, rank = dist.get_world_size(group), dist.get_rank(group)
+    rank = dist.get_rank(group)
     dim = 1 if logits.dim() > 1 else 0
-    start, size = sum(SHARES[n_processes][:rank]), SHARES[n_processes][rank]
+    shares = SHARES[logits.shape[dim]][dist.get_world_size(group)]
+    start, size = sum(shares[:rank]), shares[rank]
     mine = logits.narrow(dim, start, size).clone().requires_grad_()
     weight = None if weight is None else weight[start : start + size].to(logits.dtype)
     group = group or dist.group.WORLD
@@ -118,6 +150,31 @@ def check_case(case, _folder):
         found = compare(*sharded(logits, target, **options), logits, target, options)
         largest[str(dtype)] = max(largest.get(str(dtype), 0.0), found)
     return largest
+
+
+def check_many_classes(case, sizes_of_groups, _folder):
+    """Each process's kernels take its share, whatever the others' do. Groups of the given sizes, or all processes."""
+    ranks = iter(range(dist.get_world_size()))
+    groups = [dist.new_group([next(ranks) for _ in range(size)]) for size in sizes_of_groups]
+    group = next((group for group in groups if dist.get_rank(group) >= 0), dist.group.WORLD)
+    results = []
+    for dtype, reduction in itertools.product(DTYPES, REDUCTIONS):
+        logits, target, options = make(**MANY[case])
+        logits, options = logits.to(dtype), {**options, "reduction": reduction}
+        before = kernel_calls("cross_entropy")
+        found = sharded(logits, target, group, **options)
+        results.append((kernel_calls("cross_entropy") - before, *found, logits, target, options))
+    for n_calls, loss, grad, place, logits, target, options in results:  # an error above would leave others waiting
+        takes = is_native() and logits.dim() < 3 and place[2] >= MIN_KERNEL_CLASSES and target.numel() > 0
+        assert n_calls == 2 * takes
+        if logits.dtype != torch.float64:
+            compare(loss, grad, place, logits, target, options)
+            continue
+        # torch's float64 has rounded sums over all classes itself.
+        truth, truth_grad = theirs(logits, target, **options)
+        for ours, torchs in ((loss, truth), (grad, truth_grad.narrow(*place))):
+            torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-14, equal_nan=True)
+    return {}
 
 
 def check_few_numbers_are_communicated(_folder):
@@ -151,7 +208,8 @@ def check_groups_are_apart(_folder):
 
 def check_module(_folder):
     logits, target, _ = make()
-    start, size = sum(SHARES[dist.get_world_size()][: dist.get_rank()]), SHARES[dist.get_world_size()][dist.get_rank()]
+    shares = SHARES[N_CLASSES][dist.get_world_size()]
+    start, size = sum(shares[: dist.get_rank()]), shares[dist.get_rank()]
     options = dict(label_smoothing=0.1, reduction="sum")
     weight = WEIGHT[start : start + size]
     loss = fastopt.CrossEntropyLoss(weight, process_group=dist.group.WORLD, **options)(
@@ -275,6 +333,10 @@ def check_other_dtensors_go_to_torch(_folder):
 
 
 CHECKS = {f"cross_entropy/{case}": Check(functools.partial(check_case, case)) for case in CASES}
+for case in MANY:
+    CHECKS[f"cross_entropy/many classes/{case}"] = Check(functools.partial(check_many_classes, case, ()))
+    in_groups = functools.partial(check_many_classes, case, (1, 3))
+    CHECKS[f"cross_entropy/many classes, groups of 1 and 3/{case}"] = Check(in_groups, (4,))
 CHECKS |= {
     "cross_entropy/few numbers are communicated": Check(check_few_numbers_are_communicated),
     "cross_entropy/groups are apart": Check(check_groups_are_apart, (4,)),

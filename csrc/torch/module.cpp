@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "torch/context.h"
 #include "torch/cross_entropy.h"
+#include "torch/cross_entropy_shard.h"
 #include "torch/cuda_library.h"
 #include "torch/large_arrays.h"
 #include "torch/step_plan.h"
@@ -22,6 +23,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("stream_beyond", &fastopt::cpu::stream_beyond);
   module.def("empty_cache", &fastopt::release_kept_block);
   fastopt::bind_cross_entropy(module);
+  fastopt::bind_cross_entropy_shard(module);
   fastopt::bind_cuda_library(module);
   fastopt::bind_step_plans(module);
 }

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn import _reduction
 
+from .. import _native
+
 
 class SavedGroup:
     """The name of a process group in its stead, which can be copied and pickled.
@@ -54,6 +56,8 @@ def cross_entropy(input, target, process_group, weight=None, reduction="mean", i
     Raises:
         ValueError, RuntimeError: shapes, dtypes or options disagree, before anything is communicated.
         IndexError: a target is neither a class nor ``ignore_index``; on a GPU the loss is NaN instead.
+
+    The CPU kernels take rows that they take without a group; for all other logits, operators of torch compute the same.
 
     Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, 2019, section 3.
     """
@@ -162,54 +166,51 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, input, target, weight, ignore_index, label_smoothing, group):
         dim = _class_dim(input)
         n_classes = input.shape[dim]
-        logits = input.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
-        weight = None if weight is None else weight.to(logits.dtype)
-
-        largest = logits.amax(dim) if n_classes else logits.new_full(target.shape, -torch.inf)
-        largest, sizes = _all_reduce_max_and_sizes(largest, n_classes, group)
-        start = (sizes.cumsum(0) - sizes)[dist.get_rank(group)]
-        n_all_classes = sizes.sum().to(logits.dtype)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        weight = None if weight is None else weight.to(dtype).contiguous()
+        is_smoothed = label_smoothing > 0
 
         is_kept = target != ignore_index
+        largest_here, exp_sum, *logit_sum = _totals(input, is_kept, weight, is_smoothed, dtype)
+        largest, sizes = _all_reduce_max_and_sizes(largest_here.to(dtype), n_classes, group)
+        start = (sizes.cumsum(0) - sizes)[dist.get_rank(group)]
+        n_all_classes = sizes.sum().to(dtype)
+
         is_wrong = is_kept & ((target < 0) | (target >= n_all_classes))
         if input.device.type == "cpu" and is_wrong.any():
             raise IndexError(f"Target {target[is_wrong].flatten()[0].item()} is out of bounds.")
-        index = target - start
-        is_here = is_kept & (index >= 0) & (index < n_classes)
-        index = torch.where(is_here, index, 0).unsqueeze(dim)
+        target = target - start
+        is_here = _is_here(target, is_kept, n_classes)
+        index = torch.where(is_here, target, 0).unsqueeze(dim)
 
         # The largest logit is subtracted first: a shift common to all logits must not change the loss.
-        shifted = logits - largest.unsqueeze(dim)
+        shift = largest_here - largest
         nothing = torch.zeros_like(largest)
-        target_logit = torch.where(is_here, shifted.gather(dim, index).squeeze(dim), 0) if n_classes else nothing
-        parts = [shifted.exp().sum(dim), target_logit]
+        parts = [exp_sum * shift.exp(), nothing]
+        if n_classes:
+            parts[1] = torch.where(is_here, input.gather(dim, index).squeeze(dim).to(dtype) - largest, 0)
         if weight is not None:
             parts.append(torch.where(is_here, weight[index.squeeze(dim)], 0) if n_classes else nothing)
-        if label_smoothing > 0:
-            along_classes = _along(dim, input.dim())
-            parts.append((shifted if weight is None else shifted * weight.view(along_classes)).sum(dim))
-            parts.append((n_classes * torch.ones_like(nothing)) if weight is None else nothing + weight.sum())
-        del shifted
-        exp_sum, target_logit, *parts = _all_reduce_sum(torch.stack(parts), group)
+        if is_smoothed:
+            weight_sum = n_classes if weight is None else weight.sum()
+            parts += [logit_sum[0] + weight_sum * shift, nothing + weight_sum]
+        exp_sum, target_logit, *parts = _all_reduce_sum(torch.stack(parts).to(dtype), group)
 
         log_sum = exp_sum.log()
         target_weight = parts.pop(0) if weight is not None else torch.ones_like(log_sum)
-        loss = target_weight * (log_sum - target_logit)
-        coefficient = target_weight
-        if label_smoothing > 0:
-            logit_sum, weight_sum = parts
-            share = label_smoothing / n_all_classes
-            loss = (1 - label_smoothing) * loss + share * (weight_sum * log_sum - logit_sum)
-            coefficient = (1 - label_smoothing) * target_weight + share * weight_sum
-        loss = torch.where(is_kept, loss, 0).masked_fill_(is_wrong, torch.nan)
-        coefficient = coefficient.masked_fill(is_wrong, torch.nan)
-        target_weight = torch.where(is_kept, target_weight, 0)
-
-        ctx.label_smoothing = label_smoothing
         target_share = (1 - label_smoothing) * target_weight
-        ctx.save_for_backward(
-            input, weight, index, is_here, is_kept, largest, log_sum, coefficient, target_share, n_all_classes
-        )
+        loss = target_share * (log_sum - target_logit)
+        share, spread_sum = label_smoothing / n_all_classes, nothing
+        if is_smoothed:
+            logit_sum, weight_sum = parts
+            loss = loss + share * (weight_sum * log_sum - logit_sum)
+            spread_sum = share * weight_sum
+        loss = torch.where(is_kept, loss, 0).masked_fill_(is_wrong, torch.nan)
+        target_share = target_share.masked_fill(is_wrong, torch.nan)
+
+        ctx.is_smoothed = is_smoothed
+        ctx.save_for_backward(input, weight, target, is_kept, largest, exp_sum, spread_sum, target_share, share)
+        target_weight = torch.where(is_kept, target_weight, 0)
         ctx.mark_non_differentiable(target_weight)
         return loss, target_weight
 
@@ -217,20 +218,63 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, _):
         if torch.is_grad_enabled():  # create_graph=True: what follows holds sums over all classes constant
             raise RuntimeError("cross-entropy with process_group cannot be differentiated twice")
-        input, weight, index, is_here, is_kept, largest, log_sum, coefficient, target_share, n_all_classes = (
-            ctx.saved_tensors
-        )
-        dim = _class_dim(input)
-        grad = (input.to(largest.dtype) - largest.unsqueeze(dim)).sub_(log_sum.unsqueeze(dim)).exp_()
-        grad.mul_((grad_loss * coefficient).unsqueeze(dim))
-        if ctx.label_smoothing > 0:
-            spread = (grad_loss * (ctx.label_smoothing / n_all_classes)).unsqueeze(dim)
-            grad.sub_(spread if weight is None else spread * weight.view(_along(dim, input.dim())))
-        if input.shape[dim]:
-            on_target = torch.where(is_here, -grad_loss * target_share, 0)
-            grad.scatter_add_(dim, index, on_target.unsqueeze(dim))
-        grad.masked_fill_(~is_kept.unsqueeze(dim), 0)
-        return grad.to(input.dtype), None, None, None, None, None
+        return _gradient(ctx, grad_loss), None, None, None, None, None
+
+
+def _totals(input, is_kept, weight, is_smoothed, dtype):
+    """Of each position, over this process's classes: max, sum exp(x - max) and, if smoothed, sum w (x - max)."""
+    library = _library(input)
+    if library is not None:
+        totals = library.cross_entropy_shard_totals(input, is_kept.view(-1), weight, is_smoothed)
+        if totals is not None:
+            return totals.view(-1, *is_kept.shape)
+    dim = _class_dim(input)
+    lowest = torch.finfo(dtype).min  # not -inf: -inf - -inf is not a number
+    if not input.shape[dim]:
+        totals = input.new_zeros(3, *is_kept.shape, dtype=dtype)
+        totals[0] = lowest
+        return totals
+    largest = input.amax(dim).to(dtype).clamp_(min=lowest)
+    shifted = input.to(dtype) - largest.unsqueeze(dim)
+    totals = [largest, shifted.exp().sum(dim)]
+    if is_smoothed:
+        totals.append((shifted if weight is None else shifted.mul_(weight.view(_along(dim, input.dim())))).sum(dim))
+    return totals
+
+
+def _gradient(ctx, grad_loss):
+    """The gradient of this process's logits."""
+    input, weight, target, is_kept, largest, exp_sum, spread_sum, target_share, share = ctx.saved_tensors
+    library = _library(input)
+    if library is not None:
+        numbers = torch.stack([largest, exp_sum, spread_sum, target_share, grad_loss]).double().view(5, -1)
+        flat = (target.view(-1), is_kept.view(-1), weight, numbers)
+        grad = library.cross_entropy_shard_gradient(input, *flat, share.item(), ctx.is_smoothed)
+        if grad is not None:
+            return grad
+    dim = _class_dim(input)
+    n_classes = input.shape[dim]
+    grad = (input.to(largest.dtype) - largest.unsqueeze(dim)).exp_()
+    grad.mul_((grad_loss * (target_share + spread_sum) / exp_sum).unsqueeze(dim))
+    if ctx.is_smoothed:
+        spread = (grad_loss * share).unsqueeze(dim)
+        grad.sub_(spread if weight is None else spread * weight.view(_along(dim, input.dim())))
+    if n_classes:
+        is_here = _is_here(target, is_kept, n_classes)
+        on_target = torch.where(is_here, -grad_loss * target_share, 0)
+        grad.scatter_add_(dim, torch.where(is_here, target, 0).unsqueeze(dim), on_target.unsqueeze(dim))
+    grad.masked_fill_(~is_kept.unsqueeze(dim), 0)
+    return grad.to(input.dtype)
+
+
+def _library(input):
+    """The compiled kernels, if they may take these logits."""
+    may_take = input.is_cpu and input.dim() <= 2 and not torch.compiler.is_compiling()
+    return _native.module() if may_take else None
+
+
+def _is_here(target, is_kept, n_classes):
+    return is_kept & (target >= 0) & (target < n_classes)
 
 
 def _along(dim, n_dims):
