@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>  // any_of
 #include <span>
 #include <vector>
 
@@ -73,6 +74,10 @@ class MemoryOverlap {
   std::span<const Written> written() const { return {written_.data(), static_cast<size_t>(next_ - written_.data())}; }
   const std::vector<Read>& reads() const { return reads_; }
   bool is_found();
+  bool touches(const char* begin, const char* end) const {
+    const auto is_in = [&](const auto& use) { return use.memory.begin < end && begin < use.memory.end; };
+    return std::any_of(written().begin(), written().end(), is_in) || std::any_of(reads_.begin(), reads_.end(), is_in);
+  }
 
  private:
   void grow();

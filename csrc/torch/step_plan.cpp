@@ -1,10 +1,13 @@
 #include "torch/step_plan.h"
 
+#include <pybind11/stl.h>  // vector
+
 #include <memory>  // unique_ptr
 #include <mutex>
 #include <new>
 #include <thread>
 #include <utility>  // move
+#include <vector>
 
 #include "torch/stepper.h"
 
@@ -19,8 +22,7 @@ class StepPlan {
       : is_ordinary_class_(std::move(is_ordinary_class)), stepper_(new Stepper<Family>(is_ordinary_class_)) {}
 
   bool step(const py::object& optimizer, bool reads_scaling) {
-    if (n_forks_ != fork_count()) start_in_child();
-    if (owner_ == std::this_thread::get_id()) {
+    if (is_underway()) {
       why_not_ = "a step calls the same optimizer's step";
       return false;
     }
@@ -30,9 +32,27 @@ class StepPlan {
     return is_done;
   }
 
+  bool step_without(std::vector<py::object> left_alone, const py::object& optimizer, bool reads_scaling) {
+    if (is_underway()) return false;
+    const Lock lock(*this);
+    return stepper_->step_without(std::move(left_alone), optimizer, reads_scaling);
+  }
+
+  std::vector<py::object> odd_params(const py::object& optimizer, bool reads_scaling) {
+    if (is_underway()) return {};
+    const Lock lock(*this);
+    return stepper_->odd_params(optimizer, reads_scaling);
+  }
+
   const char* why_not() const { return why_not_; }
 
  private:
+  // Whether this thread is in a step of the plan.
+  bool is_underway() {
+    if (n_forks_ != fork_count()) start_in_child();
+    return owner_ == std::this_thread::get_id();
+  }
+
   // A second thread waits without the interpreter lock, which the first needs to finish. The owner is read and written
   // with it.
   class Lock {
@@ -75,6 +95,8 @@ void bind_plan(py::module_& module, const char* name) {
   py::class_<StepPlan<Family>>(module, name)
       .def(py::init<py::object>(), py::arg("is_ordinary_class"))
       .def("step", &StepPlan<Family>::step, py::arg("optimizer"), py::arg("reads_scaling") = true)
+      .def("step_without", &StepPlan<Family>::step_without)
+      .def("odd_params", &StepPlan<Family>::odd_params)
       .def("why_not", &StepPlan<Family>::why_not);
 }
 

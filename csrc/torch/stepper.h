@@ -4,11 +4,14 @@
 #include <ATen/ops/empty_like.h>
 
 #include <array>
+#include <chrono>
 #include <iterator>  // size
 #include <utility>   // move
 #include <vector>
 
 #include "torch/families.h"
+#include "torch/look_ahead.h"
+#include "torch/odd_params.h"
 #include "torch/optimizer_reader.h"
 #include "torch/state_reader.h"
 #include "torch/update_batch.h"
@@ -17,6 +20,9 @@ namespace fastopt {
 
 // Elements from which the interpreter is let go while kernels run.
 constexpr int64_t kMinElementsToReleaseGil = 1 << 16;
+
+// A step that begins so soon after the last one finds its tensors in the caches; looking ahead would take longer.
+constexpr std::chrono::microseconds kMaxPauseInCaches(20);
 
 // One thread at a time steps.
 template <class Family>
@@ -34,6 +40,7 @@ class Stepper {
     try {
       const bool is_done = gather_all(optimizer.ptr(), reads_scaling) && run();
       clear();
+      last_end_ = Clock::now();
       return is_done;
     } catch (...) {
       clear();
@@ -41,9 +48,34 @@ class Stepper {
     }
   }
 
+  // The same for all parameters but some.
+  bool step_without(std::vector<py::object> left_alone, const py::object& optimizer, bool reads_scaling) {
+    const auto mode = odd_.leave_alone(std::move(left_alone));
+    return step(optimizer, reads_scaling);
+  }
+
+  // The parameters that no kernel takes, each for a reason of its own, if kernels on the CPU can step all others and
+  // those share no memory with these; else none. Changes nothing.
+  std::vector<py::object> odd_params(const py::object& optimizer, bool reads_scaling) {
+    const auto mode = odd_.search();
+    std::vector<py::object> found;
+    try {
+      const bool is_split = gather_all(optimizer.ptr(), reads_scaling) && !is_scaled_ && batch_.size() > 0 &&
+                            !batch_.has_cuda() && odd_.are_apart(batch_, walk_, steps_in_memory());
+      if (is_split) found = odd_.params();
+    } catch (...) {
+      clear();
+      throw;
+    }
+    clear();
+    return found;
+  }
+
   const char* why_not() const { return why_not_; }
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   struct Group {
     py::object dict;  // held: reading another group's options may run Python code
     Options options;
@@ -82,6 +114,7 @@ class Stepper {
     groups_.clear();
     made_states_.clear();
     without_state_.clear();
+    odd_.clear();
     optimizer_.clear();
     last_rule_ = -1;
   }
@@ -99,7 +132,7 @@ class Stepper {
       if (!read_groups(optimizer_.groups()) || !gather(optimizer_.state())) return false;
       is_skipped_ = must_know_ && optimizer_.found_inf() && optimizer_.found_inf()->item().toDouble() > 0;
       if (is_skipped_ || without_state_.empty()) break;
-      if (!makes_dicts(optimizer_.state())) return refuse("a parameter has no state");
+      if (odd_.is_search() || !makes_dicts(optimizer_.state())) return refuse("a parameter has no state");
       add_empty_states(optimizer_.state());
     }
     if (is_scaled_ && batch_.has_cpu()) return refuse("a GradScaler's numbers are for tensors on the CPU");
@@ -147,13 +180,19 @@ class Stepper {
   bool gather(PyObject* state) {
     must_know_ = false;
     walk_.read(state);
+    const bool is_cold = Clock::now() - last_end_ > kMaxPauseInCaches;
     size_t n_params = 0;
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const params = GroupReader(groups_[g].dict.ptr()).find("params");
       if (!params || !PyList_CheckExact(params)) return refuse("a group's params are not a list");
+      if (is_cold) look_ahead_.start(params, n_params, walk_, guesses_);
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+        if (is_cold) look_ahead_.go_on();
         if (guesses_.size() <= n_params) guesses_.push_back(n_params);
-        if (!gather_param(g, PyList_GET_ITEM(params, i), guesses_[n_params++])) return false;
+        PyObject* const param = PyList_GET_ITEM(params, i);
+        size_t& guess = guesses_[n_params++];
+        if (odd_.is_left_alone(param) || gather_param(g, param, guess) || odd_.take_refused(param)) continue;
+        return false;
       }
     }
     return true;
@@ -220,7 +259,10 @@ class Stepper {
       states[n_states++] = tensor;
     }
     if (!Family::kHasStep) entry.count = is_first ? 1 : 2;
-    if (!batch_.add(param, grad, states.data(), n_states)) return refuse(batch_.why_not());
+    if (!batch_.add(param, grad, states.data(), n_states)) {
+      odd_.note_refused(object);
+      return refuse(batch_.why_not());
+    }
     if (step_on_device) batch_.count_on_device(batch_.size() - 1, *step_on_device);
     entries_.push_back(entry);
     return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
@@ -264,6 +306,12 @@ class Stepper {
     }
   }
 
+  std::vector<const void*> steps_in_memory() const {
+    std::vector<const void*> steps;
+    for (const Entry& entry : entries_) steps.push_back(entry.step);
+    return steps;
+  }
+
   // Counts each parameter's step up, in order.
   void count_steps() {
     for (int64_t i = 0; i < batch_.size(); ++i) {
@@ -295,6 +343,9 @@ class Stepper {
   OptimizerReader optimizer_;
   UpdateBatch batch_;
   StateWalk walk_;
+  OddParams odd_;
+  LookAhead look_ahead_;
+  Clock::time_point last_end_;
   std::vector<Entry> entries_;
   std::vector<Group> groups_;
   std::vector<MadeState> made_states_;

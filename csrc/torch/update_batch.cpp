@@ -52,6 +52,13 @@ bool UpdateBatch::has_cpu() const {
   return false;
 }
 
+bool UpdateBatch::has_cuda() const {
+  for (const int16_t place : places_) {
+    if (devices_[place].backend == Backend::kCuda) return true;
+  }
+  return false;
+}
+
 bool UpdateBatch::is_capturing() const {
   for (const Place& place : devices_) {
     if (place.backend == Backend::kCuda && CudaDevice(place.device).is_capturing()) return true;
@@ -116,6 +123,9 @@ bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at:
   const at::Tensor* laid_out = &grad;
   if (grad_likeness == Likeness::kOtherLayout) {
     check_backed(grad, "a gradient");
+    const auto [begin, end] = memory_range(grad);
+    overlap_.add_read({begin, end, grad.storage().unsafeGetStorageImpl(), /*is_own=*/false},
+                      grad.unsafeGetTensorImpl());
     copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options().requires_grad(false)));
     copies_.back().copy_(grad.detach());
     laid_out = &copies_.back();

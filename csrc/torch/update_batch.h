@@ -25,6 +25,7 @@ class UpdateBatch {
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
   bool has_cpu() const;
+  bool has_cuda() const;
   // Whether a CUDA graph is being captured on the current stream of a tensor's device.
   bool is_capturing() const;
   // Has the kernel count this tensor's steps; it must lie on the tensor's device.
@@ -33,6 +34,9 @@ class UpdateBatch {
 
   // Whether tensors that would be written share memory with each other or with a gradient.
   bool has_overlap() { return overlap_.is_found(); }
+
+  // Whether a tensor is read or written between two addresses.
+  bool uses(const char* begin, const char* end) const { return overlap_.touches(begin, end); }
 
   // Keeps all tensors and their memory alive until clear(): for a run without the interpreter lock, while which other
   // threads may replace or remove them.

@@ -50,6 +50,17 @@ def values_as_they_were(tensors):
         raise
 
 
+def dense_tensors(optimizer):
+    """Parameters that have a gradient, and their states; not those with a sparse gradient, whose size may be huge."""
+    tensors = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.layout == torch.strided:
+                state = optimizer.state.get(param, {})
+                tensors += [param, *(value for value in state.values() if isinstance(value, torch.Tensor))]
+    return tensors
+
+
 def _version(tensor, is_inference):
     """None where no versions are counted: of tensors made in inference mode, and of all while it is on."""
     return None if is_inference or tensor.is_inference() else tensor._version

@@ -13,8 +13,9 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
-from .atomic import lock_of, state_as_it_was, values_as_they_were
+from .atomic import dense_tensors, lock_of, state_as_it_was, values_as_they_were
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
+from .odd import step_in_two
 from .ordinary import (
     check_backed,
     has_ordinary_containers,
@@ -41,6 +42,7 @@ class FusedOptimizer(Optimizer):
        without kernels for it, an ``_init_group`` or containers that a subclass has made its own, while
        ``torch.compile`` traces, under modes and functorch transforms, and in forward-mode differentiation.
 
+    On the CPU, parameters that no kernel takes leave the first path open to the others, see :mod:`fastopt.optim.odd`.
     DTensor parameters take these paths with their local shards, see :mod:`fastopt.optim.shards`.
     A step that fails changes nothing, on the first two paths and on torch's for dense tensors on the CPU. In the
     kernels, Ctrl-C waits for its end.
@@ -114,6 +116,11 @@ class FusedOptimizer(Optimizer):
         if shards is not None:
             shards.step()
             return
+        if self._plan is not None and step_in_two(self, self._plan, reads_scaling=True):
+            return
+        self._update_without_kernels()
+
+    def _update_without_kernels(self):
         devices = self._devices()
         if devices is None or ("cuda" in devices and not _native.cuda()):
             self._torch_step()
@@ -130,6 +137,8 @@ class FusedOptimizer(Optimizer):
         if not on_cuda:
             self._unscale()
         if self._plan is not None and self._plan.step(self, reads_scaling=on_cuda):
+            return
+        if self._plan is not None and not on_cuda and step_in_two(self, self._plan, reads_scaling=False):
             return
         if on_cuda or not has_ordinary_containers(self):
             self._torch_step()
@@ -189,7 +198,7 @@ class FusedOptimizer(Optimizer):
         for group, _ in fused:
             group["fused"] = False
         try:
-            with values_as_they_were(_dense_tensors(self)):  # it may fail when it has updated some
+            with values_as_they_were(dense_tensors(self)):  # it may fail when it has updated some
                 self._torch_step()
         finally:
             self.__dict__.update(scaling)
@@ -243,17 +252,6 @@ def without_hooks(step):
 def _no_plan(plan):
     """How a plan is copied and pickled: as None, for another is made with the next step."""
     return type(None), ()
-
-
-def _dense_tensors(optimizer):
-    """Parameters that have a gradient, and their states; not those with a sparse gradient, whose size may be huge."""
-    tensors = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is not None and param.grad.layout == torch.strided:
-                state = optimizer.state.get(param, {})
-                tensors += [param, *(value for value in state.values() if isinstance(value, torch.Tensor))]
-    return tensors
 
 
 def _is_for_reference(tensor):

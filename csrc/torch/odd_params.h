@@ -1,0 +1,96 @@
+// The parameters of a step that no kernel takes, each for a reason of its own, while kernels can step the others.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>  // all_of, any_of, none_of
+#include <utility>    // move
+#include <vector>
+
+#include "torch/state_reader.h"
+#include "torch/update_batch.h"
+
+namespace fastopt {
+
+class OddParams {
+ public:
+  // What a step does with them, as long as the Mode lives: it ends at the first one, unless it is to search for all or
+  // to leave some alone.
+  class Mode {
+   public:
+    explicit Mode(OddParams& odd) : odd_(odd) {}
+    ~Mode() {
+      odd_.is_search_ = false;
+      odd_.left_alone_.clear();
+    }
+    Mode(const Mode&) = delete;
+
+   private:
+    OddParams& odd_;
+  };
+  Mode search() {
+    is_search_ = true;
+    return Mode(*this);
+  }
+  Mode leave_alone(std::vector<py::object> params) {
+    left_alone_ = std::move(params);
+    return Mode(*this);
+  }
+
+  void clear() {
+    params_.clear();
+    refused_ = nullptr;
+  }
+  bool is_search() const { return is_search_; }
+  bool is_left_alone(PyObject* param) const {
+    return std::any_of(left_alone_.begin(), left_alone_.end(),
+                       [&](const py::object& other) { return other.ptr() == param; });
+  }
+
+  // A parameter was refused for a reason of its own; whether it is one, and may be passed over.
+  void note_refused(PyObject* param) { refused_ = param; }
+  bool take_refused(PyObject* param) {
+    if (!is_search_ || refused_ != param) return false;
+    params_.push_back(py::reinterpret_borrow<py::object>(param));
+    return true;
+  }
+  const std::vector<py::object>& params() const { return params_; }
+
+  // Whether none of what a batch and its `steps`, numbers in memory, consist of is in their memory, their gradients' or
+  // their states'; no, where that cannot be told.
+  bool are_apart(const UpdateBatch& batch, const StateWalk& walk, const std::vector<const void*>& steps) const {
+    return std::all_of(params_.begin(), params_.end(), [&](const py::object& param) {
+      const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
+      if (tensor.layout() != at::kStrided || !is_apart(tensor, batch, steps)) return false;
+      if (!is_apart(tensor.unsafeGetTensorImpl()->grad(), batch, steps)) return false;
+      size_t guess = 0;
+      PyObject* const own_state = walk.find(param.ptr(), guess);
+      if (own_state && !is_ordinary_dict(own_state)) return false;
+      Py_ssize_t position = 0;
+      PyObject *key, *value;
+      while (own_state && PyDict_Next(own_state, &position, &key, &value)) {
+        if (!THPVariable_Check(value)) continue;
+        if (!is_ordinary_tensor(value) || !is_apart(THPVariable_Unpack(value), batch, steps)) return false;
+      }
+      return true;
+    });
+  }
+
+ private:
+  static bool is_apart(const at::Tensor& tensor, const UpdateBatch& batch, const std::vector<const void*>& steps) {
+    if (tensor.is_sparse()) {
+      return is_apart(tensor._indices(), batch, steps) && is_apart(tensor._values(), batch, steps);
+    }
+    if (tensor.layout() != at::kStrided || !tensor.has_storage() || !is_backed(tensor)) return false;
+    const auto [begin, end] = memory_range(tensor);
+    const auto is_in = [begin = begin, end = end](const void* step) { return begin <= step && step < end; };
+    return std::none_of(steps.begin(), steps.end(), is_in) && !batch.uses(begin, end);
+  }
+
+  bool is_search_ = false;
+  std::vector<py::object> left_alone_;
+  PyObject* refused_ = nullptr;  // the last one
+  std::vector<py::object> params_;
+};
+
+}  // namespace fastopt
