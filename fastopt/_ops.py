@@ -31,14 +31,23 @@ def _reduction_name(reduction):
     return _REDUCTIONS[reduction]
 
 
-def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0):
+def _cross_entropy(input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, in_float32=False):
+    if in_float32:
+        input, target, weight = (_in_float32(tensor) for tensor in (input, target, weight))
     return reference.cross_entropy(input, target, weight, _reduction_name(reduction), ignore_index, label_smoothing)
 
 
 def _cross_entropy_forward(
-    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, wants_grad=False
+    input,
+    target,
+    weight=None,
+    reduction=1,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    wants_grad=False,
+    in_float32=False,
 ):
-    loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+    loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, in_float32)
     if not wants_grad:
         return loss, input.new_empty(0)
     options = (weight, _reduction_name(reduction), ignore_index, label_smoothing)
@@ -46,11 +55,22 @@ def _cross_entropy_forward(
 
 
 def _cross_entropy_forward_fake(
-    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, wants_grad=False
+    input,
+    target,
+    weight=None,
+    reduction=1,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    wants_grad=False,
+    in_float32=False,
 ):
     positions = [*input.shape[:1], *input.shape[2:]] if input.dim() > 1 else []
-    loss = input.new_empty(positions if reduction == 0 else [])
+    loss = input.new_empty(positions if reduction == 0 else [], dtype=torch.float32 if in_float32 else input.dtype)
     return loss, torch.empty_like(input, dtype=_grad_dtype(input)) if wants_grad else input.new_empty(0)
+
+
+def _in_float32(tensor):
+    return tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
 
 
 def _grad_dtype(input):
@@ -64,6 +84,36 @@ def _cross_entropy_backward(grad_output, grad, input):
     if grad_output.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
     return (grad * grad_output.to(grad.dtype)).to(input.dtype)
+
+
+def _cross_entropy_keep(
+    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, in_float32=False
+):
+    loss = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, in_float32)
+    return loss, torch.empty(1, dtype=torch.uint8)
+
+
+def _cross_entropy_keep_fake(
+    input, target, weight=None, reduction=1, ignore_index=-100, label_smoothing=0.0, in_float32=False
+):
+    options = (weight, reduction, ignore_index, label_smoothing, False, in_float32)
+    return _cross_entropy_forward_fake(input, target, *options)[0], input.new_empty(1, dtype=torch.uint8)
+
+
+def _cross_entropy_take(
+    grad_output,
+    keeper,
+    input,
+    target,
+    weight=None,
+    reduction=1,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    in_float32=False,
+):
+    options = (weight, _reduction_name(reduction), ignore_index, label_smoothing)
+    grad = reference.cross_entropy_gradient(input, target, *options).to(_grad_dtype(input))
+    return _cross_entropy_backward(grad_output, grad, input)
 
 
 def _update(name):
@@ -86,9 +136,10 @@ _CROSS_ENTROPY = (
 )
 
 OPERATORS = (
-    Operator(f"cross_entropy({_CROSS_ENTROPY}) -> Tensor", _cross_entropy, None),
+    Operator(f"cross_entropy({_CROSS_ENTROPY}, bool in_float32=False) -> Tensor", _cross_entropy, None),
     Operator(
-        f"cross_entropy_forward({_CROSS_ENTROPY}, bool wants_grad=False) -> (Tensor loss, Tensor grad)",
+        f"cross_entropy_forward({_CROSS_ENTROPY}, bool wants_grad=False, bool in_float32=False) -> "
+        "(Tensor loss, Tensor grad)",
         _cross_entropy_forward,
         _cross_entropy_forward_fake,
     ),
@@ -96,6 +147,17 @@ OPERATORS = (
         "cross_entropy_backward(Tensor grad_output, Tensor grad, Tensor input) -> Tensor",
         _cross_entropy_backward,
         lambda grad_output, grad, input: torch.empty_like(grad, dtype=input.dtype),
+    ),
+    # The two that compiled programs call on the CPU: the gradient, computed with the loss, stays in the library.
+    Operator(
+        f"cross_entropy_keep({_CROSS_ENTROPY}, bool in_float32=False) -> (Tensor loss, Tensor keeper)",
+        _cross_entropy_keep,
+        _cross_entropy_keep_fake,
+    ),
+    Operator(
+        f"cross_entropy_take(Tensor grad_output, Tensor keeper, {_CROSS_ENTROPY}, bool in_float32=False) -> Tensor",
+        _cross_entropy_take,
+        lambda grad_output, keeper, input, *args, **kwargs: torch.empty_like(input),
     ),
     Operator(
         "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, float lr, float momentum=0, "
@@ -141,7 +203,7 @@ def _until_loaded(operator):
 
     def call(*args, **kwargs):
         device = _device_type(args)
-        if device not in looked_for and not torch.compiler.is_compiling():
+        if device not in looked_for:
             looked_for.add(device)
             if (device == "cpu" and _native.module() is not None) or (device == "cuda" and _native.cuda()):
                 return getattr(torch.ops.fastopt, operator.name)(*args, **kwargs)

@@ -203,7 +203,7 @@ def test_logits_that_share_memory_get_torchs_gradient_or_are_refused(make, reduc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("cache", [True, False])
 def test_autocast_keeps_the_option(dtype, cache):
-    """The gradient goes over what the kernel reads: of 16-bit logits, their float32 copy."""
+    """The gradient goes over what the kernel reads: on CUDA, of 16-bit logits, their float32 copy."""
 
     def train(function, **options):
         torch.manual_seed(0)
@@ -221,7 +221,8 @@ def test_autocast_keeps_the_option(dtype, cache):
     theirs = train(F.cross_entropy)
     assert kernel_calls("cross_entropy") == calls
     torch.testing.assert_close([loss, *grads], list(theirs[:3]))
-    assert torch.equal(logits, before) == (dtype != torch.float32)
+    is_copied = dtype != torch.float32 and devices.is_gpu()
+    assert torch.equal(logits, before) == is_copied
 
 
 def leaf():

@@ -57,6 +57,11 @@ inline Backend backend_of(const at::Tensor& tensor) {
   return Backend::kNone;
 }
 
+// Whether it is the CPU's kernels that a tensor on this device goes to, also if it is only traced.
+inline bool is_for_cpu_kernels(const at::Tensor& tensor) {
+  return tensor.device().is_cpu() && !cuda_service().takes_cpu.load(std::memory_order_relaxed);
+}
+
 inline std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kDouble: return DType::kFloat64;
@@ -105,26 +110,36 @@ inline bool may_overlap_itself(const at::Tensor& tensor) {
   return false;
 }
 
+// Where a strided tensor's first element begins and its last one ends.
+inline std::pair<char*, char*> memory_range(const at::Tensor& tensor) {
+  char* begin = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
+  int64_t n = tensor.numel() > 0;
+  for (int64_t d = 0; n > 0 && d < tensor.dim(); ++d) n += (tensor.size(d) - 1) * tensor.stride(d);
+  return {begin, begin + n * tensor.itemsize()};
+}
+
 // Whether two strided tensors may have memory in common.
 inline bool may_share_memory(const at::Tensor& a, const at::Tensor& b) {
-  const auto range = [](const at::Tensor& tensor) {
-    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
-    int64_t n = tensor.numel() > 0;
-    for (int64_t d = 0; n > 0 && d < tensor.dim(); ++d) n += (tensor.size(d) - 1) * tensor.stride(d);
-    return std::pair(begin, begin + n * tensor.itemsize());
-  };
-  const auto [begin, end] = range(a);
-  const auto [other_begin, other_end] = range(b);
+  const auto [begin, end] = memory_range(a);
+  const auto [other_begin, other_end] = memory_range(b);
   return begin < other_end && other_begin < end;
+}
+
+// The number that every element of a tensor in CPU memory is because they are one in memory, if so.
+inline std::optional<double> repeated_number_in(const at::Tensor& tensor) {
+  const auto dtype = dtype_of(tensor);
+  if (!dtype || !is_plain_cpu(tensor) || tensor.numel() == 0 || !is_backed(tensor)) return std::nullopt;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1 && tensor.stride(d) != 0) return std::nullopt;
+  }
+  return with_stored_type(*dtype, [&](auto stored) {
+    return std::optional<double>(load(*static_cast<const decltype(stored)*>(tensor.const_data_ptr())));
+  });
 }
 
 // The value of a tensor of one number in CPU memory, if it is one.
 inline std::optional<double> number_in(const at::Tensor& tensor) {
-  const auto dtype = dtype_of(tensor);
-  if (!dtype || !is_plain_cpu(tensor) || tensor.numel() != 1 || !is_backed(tensor)) return std::nullopt;
-  return with_stored_type(*dtype, [&](auto stored) {
-    return std::optional<double>(load(*static_cast<const decltype(stored)*>(tensor.const_data_ptr())));
-  });
+  return tensor.numel() == 1 ? repeated_number_in(tensor) : std::nullopt;
 }
 
 // Forks between the process that loaded the library and this one. After one, the copy of the thread pool has no

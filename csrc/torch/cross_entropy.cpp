@@ -13,6 +13,7 @@
 #include "torch/context.h"
 #include "torch/cross_entropy_kernel.h"
 #include "torch/cross_entropy_node.h"
+#include "torch/kept_gradient.h"
 #include "torch/operators.h"
 #include "torch/scale_gradient.h"
 
@@ -30,10 +31,11 @@ GradientMemory memory_for(bool wants_grad) { return wants_grad ? GradientMemory:
 
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const at::Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                  double label_smoothing, bool wants_grad) {
+                                                  double label_smoothing, bool wants_grad, bool in_float32) {
   check_reduction(reduction);
-  auto [loss, grad] = cross_entropy_kernel(
-      {input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, memory_for(wants_grad));
+  auto [loss, grad] =
+      cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing, in_float32},
+                           memory_for(wants_grad));
   if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
   return {loss, grad};
 }
@@ -42,15 +44,36 @@ at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad
   return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
 }
 
+// Of a compiled program on the CPU: the loss, and its gradient in a keeper.
+std::tuple<at::Tensor, at::Tensor> keep_kernel(const at::Tensor& input, const at::Tensor& target,
+                                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                               double label_smoothing, bool in_float32) {
+  check_reduction(reduction);
+  const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
+                                        ignore_index, label_smoothing, in_float32};
+  const double factor = foreseen_factor(arguments);
+  auto [loss, grad] = cross_entropy_kernel(arguments, GradientMemory::kFresh, factor);
+  return {loss, keep_gradient(std::move(grad), factor)};
+}
+
+at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, const at::Tensor& input,
+                       const at::Tensor& target, const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                       double label_smoothing, bool in_float32) {
+  const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
+                                        ignore_index, label_smoothing, in_float32};
+  auto kept = take_gradient(keeper);
+  return finished_gradient(arguments, grad_output, kept ? kept->grad : at::Tensor(), kept ? kept->factor : 1);
+}
+
 // --- Autograd ------------------------------------------------------------------------------------------------------
 
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastopt::cross_entropy", "")
                              .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
-                                               c10::SymInt, double)>();
-  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+                                               c10::SymInt, double, bool)>();
+  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
 }
 
 // Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
@@ -72,66 +95,85 @@ bool may_overwrite(const CrossEntropyArguments& a) {
 }
 
 at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place) {
+                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place,
+                          bool in_float32) {
   check_reduction(reduction);
   const bool is_plain = backend_of(input) != Backend::kNone && is_quiet();
   const auto number = ignore_index.maybe_as_int();
-  const CrossEntropyArguments arguments{input,          target, pointer_to(weight), reduction, number.value_or(-100),
-                                        label_smoothing};
+  const CrossEntropyArguments arguments{
+      input, target, pointer_to(weight), reduction, number.value_or(-100), label_smoothing, in_float32};
   // A traced tensor has no memory to look at; the kernel looks again when its program runs.
   if (needs_composite(arguments) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
-    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
   }
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
   is_in_place = is_in_place && wants_grad && is_plain && may_overwrite(arguments);
-  at::Tensor loss, grad, totals;
+  at::Tensor loss;
+  ForBackward left;
+  left.is_plain = is_plain;
+  left.is_in_place = is_in_place;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_plain && number) {
-      std::tie(loss, grad) = cross_entropy_kernel(arguments, memory_for(wants_grad && !is_in_place), /*factor=*/1,
-                                                  is_in_place ? &totals : nullptr);
+      const auto memory = memory_for(wants_grad && !is_in_place);
+      if (memory != GradientMemory::kNone) left.factor = foreseen_factor(arguments);
+      std::tie(loss, left.grad) =
+          cross_entropy_kernel(arguments, memory, left.factor, is_in_place ? &left.totals : nullptr);
+    } else if (wants_grad && is_for_cpu_kernels(input)) {
+      std::tie(loss, left.keeper) = call_keep(arguments, ignore_index);
     } else {
-      std::tie(loss, grad) = call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad);
+      std::tie(loss, left.grad) =
+          call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad, in_float32);
     }
   }
   if (!wants_grad) return loss;
-  record_cross_entropy(loss, grad, arguments, std::move(ignore_index), is_plain, is_in_place, std::move(totals));
+  record_cross_entropy(loss, arguments, std::move(ignore_index), std::move(left));
   return loss;
 }
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  return differentiable(input, target, weight, reduction, std::move(ignore_index), label_smoothing, false);
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                  bool in_float32) {
+  return differentiable(input, target, weight, reduction, std::move(ignore_index), label_smoothing,
+                        /*is_in_place=*/false, in_float32);
 }
 
 at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
   check_reduction(reduction);
   const CrossEntropyArguments arguments{
-      input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing};
+      input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing, in_float32};
   if (!kernel_takes(arguments)) {
-    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
+    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
   }
   return std::get<0>(cross_entropy_kernel(arguments, GradientMemory::kNone));
 }
 
-// Under autocast losses compute in float32, as torch's does. Calls f with the arguments as they are then.
+// Under autocast losses compute in float32, as torch's does. Calls f with the arguments as they are then: as they were,
+// where the kernel computes in float32 from 16-bit logits.
 template <class F>
-at::Tensor with_autocast(at::DeviceType device, const at::Tensor& input, const at::Tensor& target,
-                         const OptionalTensor& weight, F&& f) {
+at::Tensor with_autocast(at::DeviceType device, const CrossEntropyArguments& given, F&& f) {
   const c10::impl::ExcludeDispatchKeyGuard guard(device == at::kCPU ? c10::DispatchKey::AutocastCPU
                                                                     : c10::DispatchKey::AutocastCUDA);
+  CrossEntropyArguments arguments = given;
+  arguments.in_float32 = true;
+  const auto optional = [](const at::Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; };
+  if (fits_kernel(arguments)) return f(given.input, given.target, optional(given.weight), /*in_float32=*/true);
   const auto widened = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
-  return f(widened(input), widened(target), pointer_to(weight) ? OptionalTensor(widened(*weight)) : std::nullopt);
+  return f(widened(given.input), widened(given.target),
+           given.weight ? OptionalTensor(widened(*given.weight)) : std::nullopt, /*in_float32=*/false);
 }
 
 template <c10::DeviceType kDevice>
 at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
-  return with_autocast(kDevice, input, target, weight,
-                       [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w) {
-                         return call_cross_entropy(x, t, w, reduction, ignore_index, label_smoothing);
-                       });
+                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                                  bool in_float32) {
+  const auto number = ignore_index.maybe_as_int().value_or(-100);
+  return with_autocast(
+      kDevice, {input, target, pointer_to(weight), reduction, number, label_smoothing},
+      [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w, bool computes_in_float32) {
+        return call_cross_entropy(x, t, w, reduction, ignore_index, label_smoothing, in_float32 || computes_in_float32);
+      });
 }
 
 // The eager fast path: ordinary tensors skip the dispatcher. Everything else is dispatched, and all while profiled.
@@ -139,14 +181,14 @@ at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target
                                int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
   const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
   if (backend_of(input) == Backend::kNone || !is_quiet() || (is_profiled && !inplace_backward)) {
-    return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
+    return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, /*in_float32=*/false);
   }
-  const auto run = [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w) {
-    return differentiable(x, t, w, reduction, ignore_index, label_smoothing, inplace_backward);
+  const auto run = [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w, bool in_float32) {
+    return differentiable(x, t, w, reduction, ignore_index, label_smoothing, inplace_backward, in_float32);
   };
   const at::DeviceType device = is_plain_cpu(input) ? at::kCPU : at::kCUDA;
-  if (!at::autocast::is_autocast_enabled(device)) return run(input, target, weight);
-  return with_autocast(device, input, target, weight, run);
+  if (!at::autocast::is_autocast_enabled(device)) return run(input, target, weight, /*in_float32=*/false);
+  return with_autocast(device, {input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, run);
 }
 
 // --- Python --------------------------------------------------------------------------------------------------------
@@ -202,7 +244,11 @@ TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) {
 TORCH_LIBRARY_IMPL(fastopt, AutocastCUDA, library) {
   library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>);
 }
-TORCH_LIBRARY_IMPL(fastopt, CPU, library) { implement_cross_entropy(library); }
+TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
+  implement_cross_entropy(library);
+  library.impl("cross_entropy_keep", keep_kernel);
+  library.impl("cross_entropy_take", take_kernel);
+}
 TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", cross_entropy_autograd); }
 TORCH_LIBRARY_IMPL(fastopt, FuncTorchBatched, library) { library.impl("cross_entropy", torch_cross_entropy); }
 

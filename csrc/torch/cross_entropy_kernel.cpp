@@ -90,6 +90,10 @@ at::Tensor empty_like_logits(const at::Tensor& logits, at::IntArrayRef strides, 
   return at::empty_strided(logits.sizes(), strides, logits.options().requires_grad(false).dtype(dtype));
 }
 
+bool is_16_bit(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 || tensor.scalar_type() == at::kHalf;
+}
+
 bool is_dense(const at::Tensor& tensor) { return tensor.is_contiguous() || tensor.is_non_overlapping_and_dense(); }
 
 }  // namespace
@@ -101,11 +105,15 @@ bool fits_kernel(const CrossEntropyArguments& a) {
   if (!has_device || target.device() != input.device() || !dtype_of(input)) return false;
   if (input.dim() < 1 || input.sym_numel() == 0 || a.reduction < 0 || a.reduction > 2) return false;
   if (!(a.label_smoothing >= 0 && a.label_smoothing <= 1)) return false;
+  // A gradient in 16 bits may be multiplied by a number, not by a float32 number of each position: see scale_gradient.
+  if (a.in_float32 && (!is_16_bit(input) || !is_for_cpu_kernels(input) || a.reduction == at::Reduction::None))
+    return false;
   const int64_t dim = class_dim(input.dim());
   if (a.weight) {
     const at::Tensor& weight = *a.weight;
-    if (weight.device() != input.device() || weight.scalar_type() != input.scalar_type() || weight.requires_grad())
-      return false;
+    const bool has_type = weight.scalar_type() == input.scalar_type() ||
+                          (a.in_float32 && (is_16_bit(weight) || weight.scalar_type() == at::kFloat));
+    if (weight.device() != input.device() || !has_type || weight.requires_grad()) return false;
     if (weight.dim() != 1 || weight.sym_size(0) != input.sym_size(dim)) return false;
   }
   const bool has_indices = target.scalar_type() == at::kLong;
@@ -126,7 +134,7 @@ bool kernel_takes(const CrossEntropyArguments& a) {
 }
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
-                                                        double factor, at::Tensor* totals) {
+                                                        double factor, at::Tensor* totals, at::Tensor into) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
   check_backed(a.input, "input");
   check_backed(a.target, "target");
@@ -161,7 +169,10 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
     problem.grad_layout = *layout;
     problem.is_grad_final = is_half;
   } else if (memory != GradientMemory::kNone) {
-    grad = empty_like_logits(input, strides, is_half ? at::kFloat : input.scalar_type());
+    const auto dtype = is_half ? at::kFloat : input.scalar_type();
+    const bool is_given = into.defined() && into.scalar_type() == dtype && into.sizes() == input.sizes() &&
+                          into.strides() == at::IntArrayRef(strides);
+    grad = is_given ? std::move(into) : empty_like_logits(input, strides, dtype);
     problem.grad_layout = *dense_layout;
   }
   if (grad.defined()) problem.grad = grad.mutable_data_ptr();
@@ -210,8 +221,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();
   problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
 
-  const auto options = a.input.options().requires_grad(false);
-  if (totals && !grad.defined() && cpu::has_totals(*layout)) {
+  auto options = a.input.options().requires_grad(false);
+  if (a.in_float32) options = options.dtype(at::kFloat);
+  if (totals && !grad.defined() && cpu::has_totals(*layout, problem.dtype)) {
     *totals = at::empty({n_positions, sizeof(RowTotals)}, options.dtype(at::kByte));
   }
   if (totals && totals->defined()) problem.totals = static_cast<RowTotals*>(totals->mutable_data_ptr());
@@ -226,9 +238,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
                     "A target was changed to one that is out of bounds while the loss was computed.");
   if (!is_known && is_reduced) {
     if (a.reduction == at::Reduction::Mean) sum /= denominator;
-    with_stored_type(problem.dtype, [&](auto stored) {
-      using S = decltype(stored);
-      store(*static_cast<S*>(loss.mutable_data_ptr()), static_cast<compute_t<S>>(sum));
+    with_stored_type(a.in_float32 ? DType::kFloat32 : problem.dtype, [&](auto stored) {
+      using L = decltype(stored);
+      store(*static_cast<L*>(loss.mutable_data_ptr()), static_cast<compute_t<L>>(sum));
     });
   }
   ++kernel_calls().cross_entropy;

@@ -16,6 +16,7 @@ struct CrossEntropyArguments {
   int64_t reduction;
   int64_t ignore_index;
   double label_smoothing;
+  bool in_float32 = false;  // the loss is that of 16-bit logits in float32, and is float32; on the CPU, reduced
 };
 
 // Whether device, dtypes and shapes are what the kernel works on; also of tensors that are only traced.
@@ -34,7 +35,9 @@ enum class GradientMemory : int8_t { kNone, kFresh, kLogits };
 //
 // Loss first and gradient later, of the same logits: `totals` given without a gradient take what the gradient needs of
 // each row, where the kernel finds it; given back with one, they spare it the search, and the loss is undefined.
+// `into`: memory for the gradient that has its layout, in place of fresh memory; taken if defined.
 std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
-                                                        double factor = 1, at::Tensor* totals = nullptr);
+                                                        double factor = 1, at::Tensor* totals = nullptr,
+                                                        at::Tensor into = {});
 
 }  // namespace fastopt

@@ -1,9 +1,11 @@
 #include "torch/cross_entropy_node.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
@@ -17,6 +19,7 @@
 #include <type_traits>  // is_same_v
 
 #include "torch/context.h"
+#include "torch/loss_factor.h"
 #include "torch/scale_gradient.h"
 
 namespace fastopt {
@@ -24,6 +27,20 @@ namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+
+LossFactors& loss_factors() {
+  static LossFactors factors;
+  return factors;
+}
+
+// Losses that a program multiplies by the same number, as far as can be told.
+uint64_t kind_of(const CrossEntropyArguments& a) {
+  const int64_t n_classes = a.input.size(a.input.dim() > 1 ? 1 : 0);
+  return static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(a.input.scalar_type()) % 16 * 4 +
+         static_cast<uint64_t>(a.reduction) + 1;
+}
+
+bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
   static const auto op = c10::Dispatcher::singleton()
@@ -38,13 +55,18 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
 //
 // The mutex is held while something is unpacked only: what is computed from it may run hooks, and those this backward.
 struct CrossEntropyBackward final : torch::autograd::Node {
-  SavedVariable grad, input, target, weight;
+  SavedVariable grad, keeper, input, target, weight;
+  double factor = 1;  // by which `grad` is multiplied already
+  uint64_t kind = 0;  // of the loss, for its next factor
   at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
   int64_t reduction = 0;
   c10::SymInt ignore_index = 0;
   double label_smoothing = 0;
+  bool in_float32 = false;
+  bool has_hooks = false;  // for saved tensors: what is saved is asked for as rarely as torch does
   at::ScalarType dtype = at::kFloat;
   bool is_plain = true;           // the forward ran on an ordinary tensor, not on a traced one
+  bool is_kept = false;           // the gradient is in the keeper
   bool is_in_place = false;       // the gradient goes over the logits
   bool is_last_backward = false;  // nothing saved is needed after the coming apply
 
@@ -52,7 +74,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   void will_release_variables() override { is_last_backward = true; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* variable : {&grad, &input, &target, &weight}) variable->reset_data();
+    for (SavedVariable* variable : {&grad, &keeper, &input, &target, &weight}) variable->reset_data();
     totals.reset();
     is_released_ = true;
   }
@@ -69,34 +91,53 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const bool has_tangent = is_forward_mode_on() && grad_output._fw_grad(/*level=*/0).defined();
     if (is_in_place && !is_traced && !has_tangent) return {backward_in_place(grad_output)};
 
+    if (is_kept) {
+      const Arguments saved = unpacked_arguments();
+      const at::Tensor holder = unpacked(keeper);
+      at::AutoDispatchBelowADInplaceOrView guard;
+      return {call_take(grad_output, holder, saved)};
+    }
+
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     bool may_reuse = !is_traced && !has_tangent;
-    const at::Tensor saved = gradient_of_loss(may_reuse);
+    auto [saved, known] = gradient_of_loss(may_reuse);
     // Asked for their dtype; they may have been overwritten.
     const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? unpacked(input) : saved;
-    if (has_tangent) return {at::mul(saved, factor_of(grad_output, saved)).to(dtype)};  // not below autograd
+    if (!is_traced) check_backed(grad_output, "grad_output");
+    const at::Tensor left = known == 1 ? grad_output : at::div(grad_output, known);
+    if (has_tangent) return {at::mul(saved, factor_of(left, saved)).to(dtype)};  // not below autograd
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (is_traced) return {call_backward(grad_output, saved, logits)};
-    return {scale_gradient(saved, grad_output, dtype, may_reuse)};
+    if (is_traced) return {call_backward(left, saved, logits)};
+    const auto number = backend_of(saved) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
+    if (!number) return {scale_gradient(saved, left, dtype, may_reuse)};
+    loss_factors().remember(kind, *number);
+    if (*number != known && !has_hooks) {
+      at::Tensor anew = computed_anew(*number, may_reuse ? saved : at::Tensor());
+      if (anew.defined()) return {scale_gradient(anew, 1.0, dtype, /*may_reuse=*/true)};
+    }
+    return {scale_gradient(saved, *number / known, dtype, may_reuse)};
   }
 
   // Compiled autograd: what the node holds, and its backward on what stands for that while a program is traced.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    for (const SavedVariable* variable : {&grad, &input, &target, &weight})
+    for (const SavedVariable* variable : {&grad, &keeper, &input, &target, &weight})
       args.collect(*variable, /*is_output=*/false);
     args.collect(reduction);
     args.collect(ignore_index);
     args.collect(label_smoothing);
+    args.collect(factor);
+    args.collect(in_float32);
     args.collect(dtype);
     args.collect(is_plain);
+    args.collect(is_kept);
     args.collect(is_in_place);
   }
   variable_list apply_with_saved(const variable_list& grad_outputs,
                                  torch::dynamo::autograd::SwapSavedVariables& swapped) override {
-    for (SavedVariable* variable : {&grad, &input, &target, &weight}) swapped.before(*variable);
+    for (SavedVariable* variable : {&grad, &keeper, &input, &target, &weight}) swapped.before(*variable);
     swapped.before(ignore_index);
     variable_list gradients = apply(variable_list(grad_outputs));
-    for (SavedVariable* variable : {&grad, &input, &target, &weight}) swapped.after(*variable);
+    for (SavedVariable* variable : {&grad, &keeper, &input, &target, &weight}) swapped.after(*variable);
     swapped.after(ignore_index);
     return gradients;
   }
@@ -125,16 +166,29 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     return {input.unpack(), target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt};
   }
 
+  at::Tensor call_take(const at::Tensor& grad_output, const at::Tensor& holder, const Arguments& saved) const {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("fastopt::cross_entropy_take", "")
+            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                              const OptionalTensor&, int64_t, c10::SymInt, double, bool)>();
+    return op.call(grad_output, holder, saved.input, saved.target, saved.weight, reduction, ignore_index,
+                   label_smoothing, in_float32);
+  }
+
+  CrossEntropyArguments kernel_arguments(const Arguments& saved) const {
+    return {saved.input,     saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(),
+            label_smoothing, in_float32};
+  }
+
   at::Tensor backward_in_place(const at::Tensor& grad_output) {
     const Arguments saved = unpacked_arguments();
     const at::Tensor& logits = saved.input;
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto number = backend_of(logits) == Backend::kCpu ? number_in(grad_output) : std::nullopt;
+    const auto number = backend_of(logits) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
     // float16 must be multiplied before it is rounded.
     const auto memory = number || dtype != at::kHalf ? GradientMemory::kLogits : GradientMemory::kFresh;
-    auto grad = std::get<1>(cross_entropy_kernel(
-        {logits, saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(), label_smoothing}, memory,
-        number.value_or(1), &totals));
+    auto grad = std::get<1>(cross_entropy_kernel(kernel_arguments(saved), memory, number.value_or(1), &totals));
     if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
     if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
     torch::autograd::increment_version(logits);
@@ -144,7 +198,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
   // The gradient that was computed with the loss. may_reuse: whether it may be overwritten or given away; then it must
   // be the last backward, and nobody else must hold it, as a hook for saved tensors can. It is let go of: a hook that
   // fails later leaves this node as it is, and who repeats the backward must not find the gradient changed.
-  at::Tensor gradient_of_loss(bool& may_reuse) {
+  std::pair<at::Tensor, double> gradient_of_loss(bool& may_reuse) {
     if (!is_in_place) {
       const auto lock = lock_saved();
       if (!is_gradient_gone_) {
@@ -155,13 +209,29 @@ struct CrossEntropyBackward final : torch::autograd::Node {
           is_gradient_gone_ = true;
           may_reuse = saved.use_count() == 1 && saved.storage().use_count() == 1;
         }
-        return saved;
+        return {saved, factor};
       }
     }
     const Arguments saved = unpacked_arguments();
     at::AutoDispatchBelowADInplaceOrView guard;
-    return std::get<1>(call_forward(saved.input, saved.target, saved.weight, reduction, ignore_index, label_smoothing,
-                                    /*wants_grad=*/true));
+    return {std::get<1>(call_forward(saved.input, saved.target, saved.weight, reduction, ignore_index, label_smoothing,
+                                     /*wants_grad=*/true, in_float32)),
+            1.0};
+  }
+
+  // The gradient with another factor than the foreseen one, into memory that nobody needs, if it is given. Undefined if
+  // the logits have been overwritten, as they may be.
+  at::Tensor computed_anew(double other_factor, at::Tensor into) {
+    Arguments saved;
+    try {
+      saved = unpacked_arguments();
+    } catch (const c10::Error&) {
+      return {};
+    }
+    const CrossEntropyArguments arguments = kernel_arguments(saved);
+    if (backend_of(saved.input) != Backend::kCpu || !kernel_takes(arguments)) return {};
+    return std::get<1>(
+        cross_entropy_kernel(arguments, GradientMemory::kFresh, other_factor, /*totals=*/nullptr, std::move(into)));
   }
 
   // Of torch's own composite, so that any further derivative exists. Of an alias of the logits, whose own hooks run
@@ -170,7 +240,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const Arguments saved = unpacked_arguments();
     const at::Tensor logits = saved.input.requires_grad() ? saved.input.alias() : saved.input;
     const at::Tensor loss =
-        torch_cross_entropy(logits, saved.target, saved.weight, reduction, ignore_index, label_smoothing);
+        torch_cross_entropy(logits, saved.target, saved.weight, reduction, ignore_index, label_smoothing, in_float32);
     return torch::autograd::grad({loss}, {logits}, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true)[0];
   }
 
@@ -191,26 +261,68 @@ auto make_node() {
 }  // namespace
 
 at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing) {
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
+  if (in_float32) {
+    const auto widened = [](const at::Tensor& tensor) {
+      return tensor.is_floating_point() ? tensor.to(at::kFloat) : tensor;
+    };
+    return at::cross_entropy_loss_symint(widened(input), widened(target),
+                                         weight ? OptionalTensor(widened(*weight)) : std::nullopt, reduction,
+                                         std::move(ignore_index), label_smoothing);
+  }
   return at::cross_entropy_loss_symint(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
 }
 
 std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
                                                 const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad) {
+                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad,
+                                                bool in_float32) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fastopt::cross_entropy_forward", "")
           .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                                    int64_t, c10::SymInt, double, bool)>();
-  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad);
+                                                    int64_t, c10::SymInt, double, bool, bool)>();
+  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad, in_float32);
 }
 
-void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,
-                          c10::SymInt ignore_index, bool is_plain, bool is_in_place, at::Tensor totals) {
+std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& a, c10::SymInt ignore_index) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fastopt::cross_entropy_keep", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                                                    int64_t, c10::SymInt, double, bool)>();
+  return op.call(a.input, a.target, a.weight ? OptionalTensor(*a.weight) : std::nullopt, a.reduction,
+                 std::move(ignore_index), a.label_smoothing, a.in_float32);
+}
+
+at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output, at::Tensor grad,
+                             double factor) {
+  check_backed(grad_output, "grad_output");
+  const auto number = repeated_number_in(grad_output);
+  const auto dtype = arguments.input.scalar_type();
+  if (number) loss_factors().remember(kind_of(arguments), *number);
+  if (!grad.defined() || (number && *number != factor)) {
+    factor = number.value_or(1);
+    grad = std::get<1>(
+        cross_entropy_kernel(arguments, GradientMemory::kFresh, factor, /*totals=*/nullptr, std::move(grad)));
+  }
+  if (number) return scale_gradient(grad, 1.0, dtype, /*may_reuse=*/true);
+  return scale_gradient(grad, factor == 1 ? grad_output : at::div(grad_output, factor), dtype, /*may_reuse=*/true);
+}
+
+double foreseen_factor(const CrossEntropyArguments& arguments) {
+  return backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
+             ? loss_factors().foreseen(kind_of(arguments))
+             : 1;
+}
+
+void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
+                          ForBackward left) {
   auto node = make_node<decltype(torch::autograd::Edge::function)>();
   node->set_next_edges(torch::autograd::collect_next_edges(arguments.input));
-  node->grad = SavedVariable(grad, /*is_output=*/false);
+  node->grad = SavedVariable(left.grad, /*is_output=*/false);
+  node->keeper = SavedVariable(left.keeper, false);
+  node->is_kept = left.keeper.defined();
   node->input = SavedVariable(arguments.input, false);
   node->target = SavedVariable(arguments.target, false);
   if (arguments.weight) node->weight = SavedVariable(*arguments.weight, false);
@@ -218,9 +330,13 @@ void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const 
   node->ignore_index = std::move(ignore_index);
   node->label_smoothing = arguments.label_smoothing;
   node->dtype = arguments.input.scalar_type();
-  node->is_plain = is_plain;
-  node->is_in_place = is_in_place;
-  node->totals = std::move(totals);
+  node->in_float32 = arguments.in_float32;
+  node->has_hooks = has_saved_tensor_hooks();
+  node->is_plain = left.is_plain;
+  if (left.is_plain) node->kind = kind_of(arguments);
+  node->is_in_place = left.is_in_place;
+  node->factor = left.factor;
+  node->totals = std::move(left.totals);
   torch::autograd::set_history(loss, node);
 }
 

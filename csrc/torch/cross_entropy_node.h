@@ -16,18 +16,40 @@ inline const at::Tensor* pointer_to(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? &*tensor : nullptr;
 }
 
-// torch's own composite.
+// torch's own composite; in_float32: of what is floating point in float32.
 at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing);
+                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
+                               bool in_float32 = false);
 
 // The operator, through the dispatcher.
 std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
                                                 const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad);
+                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad,
+                                                bool in_float32);
 
-// Makes loss a function of the arguments' input. `grad` was computed with it; is_plain: on an ordinary tensor, not on a
-// traced one; is_in_place: in the backward it will be, over the logits, with the totals that the loss has left.
-void record_cross_entropy(const at::Tensor& loss, const at::Tensor& grad, const CrossEntropyArguments& arguments,
-                          c10::SymInt ignore_index, bool is_plain, bool is_in_place, at::Tensor totals);
+// Whatever a loss has left for its backward.
+struct ForBackward {
+  at::Tensor grad;    // computed with the loss, or undefined
+  double factor = 1;  // by which it is multiplied already
+  at::Tensor keeper;  // holds the gradient, in a traced program
+  at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
+  bool is_plain;      // the loss was computed on an ordinary tensor, not on a traced one
+  bool is_in_place;   // the gradient will be computed in the backward, over the logits
+};
+
+// The operator that keeps the gradient, through the dispatcher.
+std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& arguments, c10::SymInt ignore_index);
+
+// The gradient of a loss whose own gradient is grad_output, from the gradient of the same loss that is multiplied by
+// `factor` already and that nobody else holds, if there is one.
+at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output, at::Tensor grad,
+                             double factor);
+
+// The factor that the gradient of this loss may be computed with, on the CPU, of an ordinary tensor.
+double foreseen_factor(const CrossEntropyArguments& arguments);
+
+// Makes loss a function of the arguments' input.
+void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
+                          ForBackward left);
 
 }  // namespace fastopt

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/scalar_tensor.h>
 
 #include <algorithm>  // min
 #include <optional>
@@ -71,11 +72,21 @@ at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output,
   if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
     return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
   }
-  const bool is_one = number_in(grad_output) == 1.0;
-  const auto factor = is_one ? std::nullopt : std::optional(factor_of(grad_output, grad));
+  if (const auto number = repeated_number_in(grad_output)) return scale_gradient(grad, *number, dtype, may_reuse);
+  const at::Tensor factor = factor_of(grad_output, grad);
   if (grad.scalar_type() != dtype) return rounded(grad, factor, dtype, may_reuse);
-  if (!may_reuse) return is_one ? grad.clone() : at::mul(grad, *factor);  // it is kept for another backward
-  return is_one ? grad : grad.mul_(*factor);
+  return may_reuse ? grad.mul_(factor) : at::mul(grad, factor);
+}
+
+at::Tensor scale_gradient(const at::Tensor& grad, double factor, at::ScalarType dtype, bool may_reuse) {
+  check_backed(grad, "grad");
+  const bool is_one = factor == 1;
+  if (grad.scalar_type() != dtype) {
+    return rounded(grad, is_one ? std::nullopt : std::optional(at::scalar_tensor(factor, grad.options())), dtype,
+                   may_reuse);
+  }
+  if (!may_reuse) return is_one ? grad.clone() : at::mul(grad, factor);  // it is kept for another backward
+  return is_one ? grad : grad.mul_(factor);
 }
 
 }  // namespace fastopt

@@ -12,4 +12,7 @@ at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad);
 // `grad`, which nobody else holds, may be that of the result.
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse);
 
+// The same of a number.
+at::Tensor scale_gradient(const at::Tensor& grad, double factor, at::ScalarType dtype, bool may_reuse);
+
 }  // namespace fastopt

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import _reduction
@@ -54,11 +55,10 @@ def cross_entropy(
         reduction: "none", "mean" or "sum". Default: "mean"
         label_smoothing: in [0, 1]. Default: 0.0
         inplace_backward: let the backward write the gradient over ``input``, which then needs no memory of its own;
-            ``input`` holds its values until then, and the gradient afterwards. Under autocast, that of 16-bit logits
-            goes over their float32 copy. Until its backward a loss then holds ``input`` alone; otherwise ``input`` and
-            the gradient, two arrays of that size. A request: where a kernel cannot (elements of ``input`` that may
-            share memory with each other or with another argument), under ``torch.compile`` and on the reference path,
-            the gradient has its own memory. Default: False
+            ``input`` holds its values until then, and the gradient afterwards. Until its backward a loss then holds
+            ``input`` alone; otherwise ``input`` and the gradient, two arrays of that size. A request: where a kernel
+            cannot (elements of ``input`` that may share memory with each other or with another argument), under
+            ``torch.compile`` and on the reference path, the gradient has its own memory. Default: False
         process_group: processes that share the classes, each with ``input`` and ``weight`` of its own classes and all
             with the same ``target``; without ``inplace_backward``. See :mod:`fastopt.nn.vocab_parallel`. Default: None
 
@@ -119,6 +119,9 @@ def _cross_entropy(
         # Programs that are saved load where fastopt is not, and other formats know torch's operators only.
         return reference.torch_cross_entropy(*arguments)
     if torch.compiler.is_compiling():
+        # Programs that are compiled with kernels and without them must differ, for the caches that torch keeps of them.
+        if not _has_kernels(input.device.type):
+            return reference.torch_cross_entropy(*arguments)
         return torch.ops.fastopt.cross_entropy(*arguments)
     if type(input) in _PLAIN_TYPES and (input.is_cpu or (input.is_cuda and _native.cuda())):
         library = _native.module()
@@ -127,10 +130,25 @@ def _cross_entropy(
                 _check_may_overwrite(input)
             return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
         loss = library.cross_entropy(*arguments, inplace_backward)
+        if loss is NotImplemented and (numbers := _plain_numbers(ignore_index, label_smoothing)):
+            loss = library.cross_entropy(*arguments[:4], *numbers, inplace_backward)
         if loss is not NotImplemented:
             return loss
     loss = vocab_parallel.cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing)
     return reference.torch_cross_entropy(*arguments) if loss is None else loss
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels(device_type: str) -> bool:
+    """Whether kernels take tensors of a device; looks for the library while a program is traced, and not in it."""
+    return device_type == "cpu" and _native.module() is not None or device_type == "cuda" and _native.cuda()
+
+
+def _plain_numbers(ignore_index, label_smoothing):
+    """Numbers of NumPy's types, and of subclasses of Python's, as Python's own; None if they are other things."""
+    integers = (int, np.integer)
+    are_numbers = isinstance(ignore_index, integers) and isinstance(label_smoothing, (float, np.floating, *integers))
+    return (int(ignore_index), float(label_smoothing)) if are_numbers and not isinstance(ignore_index, bool) else None
 
 
 @torch.jit.unused

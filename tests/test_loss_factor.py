@@ -1,0 +1,119 @@
+"""The number a loss is multiplied by: its gradient costs no second sweep, and does not depend on what came before."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastopt
+from common import DTYPES, assert_no_worse, error, kernel_calls
+from loss_cases import make_values
+
+pytestmark = pytest.mark.native
+
+cross_entropy = fastopt.functional.cross_entropy
+FACTORS = (1.0, 0.25, 1 / 3, 7.0, 2.0**-60, 0.0, -2.0, math.inf, math.nan)
+SHAPES = ((64, 10), (16, 5000), (4, 30, 9))
+
+
+def logits_and_target(shape, dtype):
+    x = make_values(shape, dtype, scale=2.0).requires_grad_()
+    return x, torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=torch.Generator().manual_seed(1))
+
+
+def gradient(function, x, target, factor, reduction="mean", **options):
+    loss = function(x, target, reduction=reduction)
+    return torch.autograd.grad((loss.sum() if reduction == "none" else loss) * factor, x, **options)[0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_gradient_is_the_same_after_any_other_factor(shape, dtype, reduction):
+    x, target = logits_and_target(shape, dtype)
+    first = {}
+    for factors in itertools.permutations(FACTORS[:4]):
+        for factor in (*factors, *FACTORS[4:], *factors[:2]):
+            found = gradient(cross_entropy, x, target, factor, reduction)
+            expected = first.setdefault(factor, found)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_factor_costs_no_exactness(shape, dtype):
+    x, target = logits_and_target(shape, dtype)
+    wide = x.detach().double().requires_grad_()
+    for factor in (1.0, 0.25, 0.25, 1 / 3, 1 / 3, 1000.0, 2.0**-20):
+        truth = gradient(F.cross_entropy, wide, target, factor)
+        assert_no_worse(gradient(cross_entropy, x, target, factor), gradient(F.cross_entropy, x, target, factor), truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_that_comes_again_costs_no_kernel(dtype):
+    x, target = logits_and_target((64, 1000), dtype)
+    gradient(cross_entropy, x, target, 0.125)
+    for _ in range(3):
+        before = kernel_calls("cross_entropy")
+        gradient(cross_entropy, x, target, 0.125)
+        assert kernel_calls("cross_entropy") == before + 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_retained_graph_takes_another_factor_each_time(dtype):
+    x, target = logits_and_target((64, 100), dtype)
+    truth = gradient(F.cross_entropy, x.detach().double().requires_grad_(), target, 1.0)
+    loss = cross_entropy(x, target)
+    for factor in (0.5, 3.0, 1.0, 3.0):
+        (found,) = torch.autograd.grad(loss, x, torch.tensor(factor, dtype=dtype), retain_graph=True)
+        assert error(found, truth * factor) <= 2 * torch.finfo(dtype).eps * factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_overwritten_logits_do_not_change_the_gradient(dtype):
+    """As with torch, which keeps the probabilities."""
+    x, target = logits_and_target((64, 100), dtype)
+    for before, factor in ((1.0, 0.5), (0.5, 4.0), (4.0, 4.0)):
+        gradient(cross_entropy, x, target, before)
+        expected = gradient(cross_entropy, x, target, factor)
+        gradient(cross_entropy, x, target, before)
+        logits = x.clone()
+        loss = cross_entropy(logits, target)
+        logits.detach().zero_()
+        loss.data.zero_()
+        with torch.no_grad():
+            logits.add_(1)
+        (found,) = torch.autograd.grad(loss, logits, torch.tensor(factor, dtype=dtype))
+        assert error(found, expected) <= 2 * torch.finfo(dtype).eps * factor
+
+
+def test_hooks_for_saved_tensors_are_asked_once():
+    x, target = logits_and_target((64, 100), torch.float32)
+    for factor in (1.0, 0.5, 0.25):
+        unpacked = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t, seen=unpacked: seen.append(t) or t):
+            loss = cross_entropy(x, target)
+        found = torch.autograd.grad(loss * factor, x)[0]
+        assert len(unpacked) == 1
+        torch.testing.assert_close(found, gradient(F.cross_entropy, x, target, factor))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": np.float64(0.1)},
+        {"label_smoothing": np.float32(0.25)},
+        {"ignore_index": np.int64(-100)},
+        {"ignore_index": np.int32(3), "label_smoothing": np.float64(0.1)},
+        {"label_smoothing": type("Number", (float,), {})(0.1)},
+    ],
+)
+def test_numbers_of_numpy_are_numbers(options):
+    x, target = logits_and_target((64, 10), torch.float32)
+    before = kernel_calls("cross_entropy")
+    found = cross_entropy(x, target, **options)
+    assert kernel_calls("cross_entropy") == before + 1
+    torch.testing.assert_close(found, F.cross_entropy(x, target, **options))
