@@ -39,17 +39,18 @@ void dump(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
 
 
-def step_of(cls, shapes, **options):
-    params = [torch.nn.Parameter(torch.full(shape, 0.1)) for shape in shapes]
+def step_of(cls, shapes, dtype=torch.float32, **options):
+    params = [torch.nn.Parameter(torch.full(shape, 0.1, dtype=dtype)) for shape in shapes]
     for param in params:
         param.grad = torch.full_like(param, 0.01)
     return cls(params, **options).step
 
 
-def cross_entropy(n_rows, n_classes):
+def cross_entropy(*shape, is_transposed=False):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(n_rows, n_classes, generator=generator).requires_grad_()
-    target = torch.randint(n_classes, (n_rows,), generator=generator)
+    logits = torch.randn(shape, generator=generator)
+    logits = (logits.t().contiguous().t() if is_transposed else logits).requires_grad_()
+    target = torch.randint(shape[1], shape[:1] + shape[2:], generator=generator)
 
     def call():
         logits.grad = None
@@ -61,8 +62,15 @@ def cross_entropy(n_rows, n_classes):
 WORKLOADS = {
     "Adam step, LeNet": lambda: step_of(fastopt.Adam, LENET, lr=1e-3),
     "SGD step, 1000 tensors of 64": lambda: step_of(fastopt.SGD, [(64,)] * 1000, lr=1e-3, momentum=0.9),
+    "SGD step, 8192": lambda: step_of(fastopt.SGD, [(8192,)], lr=1e-3),
+    "AMSGrad step, 8192": lambda: step_of(fastopt.Adam, [(8192,)], lr=1e-3, amsgrad=True),
+    "Adam step, 8192 of bfloat16": lambda: step_of(fastopt.Adam, [(8192,)], torch.bfloat16, lr=1e-3),
+    "Adam step, 8192 of float16": lambda: step_of(fastopt.Adam, [(8192,)], torch.float16, lr=1e-3),
     "cross-entropy 64 x 10": lambda: cross_entropy(64, 10),
     "cross-entropy 32 x 1000": lambda: cross_entropy(32, 1000),
+    "cross-entropy 256 x 10 x 2": lambda: cross_entropy(256, 10, 2),
+    "cross-entropy 8 x 1000 x 8": lambda: cross_entropy(8, 1000, 8),
+    "cross-entropy 12 x 1777 by class": lambda: cross_entropy(12, 1777, is_transposed=True),
 }
 
 
@@ -171,7 +179,7 @@ def main():
             change = n / before[name][part] - 1 if name in before else None
             is_slower |= change is not None and change > args.tolerance
             told = "not recorded" if change is None else f"{change:+.1%}{' MORE' * (change > args.tolerance)}"
-            print(f"{name:<30} {part:<8} {n:>9,}  {told}")
+            print(f"{name:<32} {part:<8} {n:>9,}  {told}")
     if args.update:
         recorded[where] = counts
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
