@@ -23,6 +23,8 @@ def test_summary_is_against_the_fastest_torch_and_compile_against_fastopt_beside
     assert report.summarize(result("work")) == {
         "fastest_torch": "torch fused",
         "ratio": 3.0,
+        "torch_cold_us": None,
+        "ratio_cold": None,
         "ratio_to_compile": 3.0,
         "of_copy": 2.5,
     }
@@ -30,6 +32,8 @@ def test_summary_is_against_the_fastest_torch_and_compile_against_fastopt_beside
     assert report.summarize(broken) == {
         "fastest_torch": "torch fused",
         "ratio": None,
+        "torch_cold_us": None,
+        "ratio_cold": None,
         "ratio_to_compile": 3.0,
         "of_copy": None,
     }
@@ -53,6 +57,8 @@ def test_readme_is_rewritten_between_its_markers_and_only_there():
     once = report.rewrite_between_markers(text, "new")
     assert once == f"above\n{report.BEGIN}\nnew\n{report.END}\nbelow\n"
     assert report.rewrite_between_markers(once, "new") == once
+    others = "<begin>", "<end>"
+    assert report.rewrite_between_markers(f"{text}<begin><end>", "new", others) == f"{text}<begin>\nnew\n<end>"
     for wrong in ("", report.BEGIN, f"{report.END}{report.BEGIN}", 2 * f"{report.BEGIN}{report.END}"):
         with pytest.raises(ValueError, match="once each"):
             report.rewrite_between_markers(wrong, "new")
@@ -95,6 +101,7 @@ def test_picture_takes_cases_that_lack_ratios(tmp_path):
     [
         (["--only", "no such work"], "argument --only: must be part of a case's name (see --list), got 'no such work'"),
         (["--rounds", "0"], "argument --rounds: must be >= 1, got 0"),
+        (["--cold", "--device", "cuda"], "argument --cold: must be left out with --device cuda"),
         (["--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
         (["--json", "absent/file"], "argument --json: must be a file in a directory that exists, got 'absent/file'"),
         (["--readme", "absent"], "argument --readme: absent: "),

@@ -27,7 +27,7 @@ class OptimizerCase:
 
     @property
     def name(self):
-        return f"{self.label}: {self.model}{_suffix(self.dtype)}"
+        return f"{self.label}: {self.model}{suffix(self.dtype)}"
 
     @property
     def n_params(self):
@@ -81,7 +81,7 @@ class LossCase:
             "no gradient": not self.needs_grad,
         }
         told = "".join(f", {trait}" for trait, holds in traits.items() if holds)
-        return f"cross-entropy {' x '.join(map(str, self.shape))}{_suffix(self.dtype)}{told}"
+        return f"cross-entropy {' x '.join(map(str, self.shape))}{suffix(self.dtype)}{told}"
 
     @property
     def n_logits(self):
@@ -117,8 +117,9 @@ class LossCase:
         return self.n_logits > 20e6
 
 
-def _suffix(dtype):
-    return {torch.float32: "", torch.bfloat16: " bf16"}[dtype]
+def suffix(dtype):
+    """What names a dtype at the end of a case's name."""
+    return {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}[dtype]
 
 
 LENET = ((6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,))

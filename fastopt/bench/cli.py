@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -12,7 +13,7 @@ import torch
 import fastopt
 
 from .._arguments import EXIT_STATUS, at_least, new_file, non_negative
-from . import compare, machine, plot, providers, report, runner
+from . import compare, machine, plot, providers, report, runner, sweep
 from .cases import cases_for
 
 DESCRIPTION = """\
@@ -36,6 +37,11 @@ def add_arguments(parser):
     parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has TEXT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="time single calls too, the caches overwritten before each; always so on CUDA",
+    )
     parser.add_argument("--rounds", type=at_least(1), help="turns of each provider; default: what fits some 4 s")
     parser.add_argument(
         "--compile",
@@ -61,13 +67,21 @@ def add_arguments(parser):
         and for few cases the tolerance of one over the root of their number"""
     compared.add_argument("--mean-tolerance", type=non_negative, metavar="SHARE", help=mean_tolerance)
     compared.set_defaults(bench_command=_compare)
+    swept = commands.add_parser("sweep", help=sweep.HELP, description=sweep.DESCRIPTION, epilog=EXIT_STATUS)
+    sweep.add_arguments(swept)
+    swept.set_defaults(bench_command=sweep.run)
 
 
 def _add_outputs(parser, has_json=True):
     if has_json:
         parser.add_argument("--json", type=new_file, metavar="FILE", help="write all numbers, after every case")
     parser.add_argument("--png", type=new_file, metavar="FILE", help="draw the ratios; needs matplotlib")
-    parser.add_argument("--readme", type=_readme, metavar="FILE", help=f"rewrite what is after {report.BEGIN}")
+    parser.add_argument(
+        "--readme",
+        type=functools.partial(readme_with, report.MARKERS),
+        metavar="FILE",
+        help=f"rewrite what is after {report.BEGIN}",
+    )
 
 
 def run(args, parser):
@@ -81,6 +95,10 @@ def run(args, parser):
         for case in cases:
             print(f"{case.name}\n    {case.working}")
         return 0
+    if args.device == "cuda" and args.cold:
+        parser.error(
+            "argument --cold: must be left out with --device cuda, where all times are with the cache overwritten"
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: torch sees no CUDA device")
     return _run(args, parser, cases)
@@ -89,7 +107,7 @@ def run(args, parser):
 def _run(args, parser, cases):
     n_threads = args.threads or torch.get_num_threads()
     compiled = args.compile or ("none" if args.quick else "loss")
-    settings = runner.Settings(args.device, n_threads, args.rounds, args.quick, compiled, args.timeout)
+    settings = runner.Settings(args.device, n_threads, args.rounds, args.quick, compiled, args.timeout, args.cold)
     one_row = torch.zeros(1, 2, device=args.device), torch.zeros(1, dtype=torch.int64, device=args.device)
     fastopt.CrossEntropyLoss()(*one_row)  # builds the kernels if need be
     described = machine.describe(args.device, n_threads)
@@ -115,7 +133,7 @@ def _run(args, parser, cases):
 
 def _arguments(args):
     """The arguments that say what was measured, as they would be given again."""
-    for name in ("device", "quick", "only", "threads", "rounds", "compile"):
+    for name in ("device", "quick", "only", "threads", "rounds", "compile", "cold"):
         value = getattr(args, name)
         if value is True:
             yield f"--{name}"
@@ -171,9 +189,10 @@ def _read(file, parser):
         parser.error(str(error))
 
 
-def _readme(text):
+def readme_with(markers, text):
+    """The path of a file that holds both markers."""
     try:
-        report.rewrite_between_markers(Path(text).read_text(encoding="utf-8"), "")
+        report.rewrite_between_markers(Path(text).read_text(encoding="utf-8"), "", markers)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
     return Path(text)

@@ -44,6 +44,12 @@ def one_line(machine):
     return f"{where}; torch {machine['torch']}, Python {machine['python']}, fastopt {version} ({backend}){commit}"
 
 
+def last_cache_bytes():
+    """Size of the largest cache, or None where it cannot be told."""
+    sizes = [size for size in (_caches() or {}).values() if size and size[:-1].isdigit() and size.endswith("K")]
+    return max((1024 * int(size[:-1]) for size in sizes), default=None)
+
+
 def _processor():
     cpuinfo = _read("/proc/cpuinfo") or ""
     names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from .. import _native
+from . import machine
 
 STRETCH_S = 30e-3  # of timed calls, after one untimed call
 MAX_CALLS = 20_000
 COPY_BYTES = 2**29  # a larger copy's time is that of so many bytes, scaled
+UNKNOWN_CACHE_BYTES = 2**26
 
 
 def spread(samples):
@@ -27,14 +29,17 @@ def spread(samples):
 class CpuClock:
     """Repeats a call for a stretch: what fits in the caches is found there."""
 
+    def __init__(self, stretch_s=None):
+        self._stretch_s = stretch_s or STRETCH_S
+
     def plan(self, call):
         """How many calls make a stretch, and how many seconds they take."""
         stretch_s, n_calls = 0.0, 0
-        while stretch_s < STRETCH_S / 10 and n_calls < MAX_CALLS:
+        while stretch_s < self._stretch_s / 10 and n_calls < MAX_CALLS:
             n_calls = max(1, 4 * n_calls)
             stretch_s = self.time(call, n_calls)[0] * n_calls
         seconds = stretch_s / n_calls
-        n_calls = min(MAX_CALLS, max(1, round(STRETCH_S / seconds)))
+        n_calls = min(MAX_CALLS, max(1, round(self._stretch_s / seconds)))
         return n_calls, n_calls * seconds
 
     def time(self, call, n_calls):
@@ -44,6 +49,29 @@ class CpuClock:
         for _ in range(n_calls):
             call()
         return (time.perf_counter() - start) / n_calls, None
+
+
+class ColdClock:
+    """Times single calls, each after the caches were overwritten: nothing that it reads is found there."""
+
+    def __init__(self):
+        n_bytes = 5 * (machine.last_cache_bytes() or UNKNOWN_CACHE_BYTES) // 4
+        n_free = available_bytes("cpu")
+        self._flush = torch.zeros(n_bytes if n_free is None else min(n_bytes, n_free // 4), dtype=torch.uint8)
+
+    def plan(self, call):
+        """One call makes a turn; the seconds are those of the turn."""
+        call()
+        start = time.perf_counter()
+        self.time(call, 1)
+        return 1, time.perf_counter() - start
+
+    def time(self, call, _n_calls):
+        """Seconds of the call; of the host nothing else is known."""
+        self._flush.add_(1)  # not zero_: memset writes past the caches
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start, None
 
 
 class CudaClock:

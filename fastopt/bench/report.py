@@ -8,10 +8,11 @@ from pathlib import Path
 from . import machine
 
 SCHEMA = 1
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+BEGIN, END = MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMPILE = "torch compile"
 COLUMNS = (
-    f"{'provider':<15} {'median_us':>11} {'p10-p90':>21} {'GB/s':>8} {'of_copy':>7} {'host_us':>9} {'extra_MB':>8}"
+    f"{'provider':<15} {'median_us':>11} {'p10-p90':>21} {'cold_us':>11} {'GB/s':>8} {'of_copy':>7} {'host_us':>9} "
+    f"{'extra_MB':>8}"
 )
 
 
@@ -19,15 +20,19 @@ def summarize(result):
     """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where there is nothing to tell.
 
     ``ratio`` and ``ratio_to_compile`` are the other's time over fastopt's, ``of_copy`` a copy's time over fastopt's.
+    ``ratio_cold`` is to the fastest of torch's own when the caches hold nothing of the work, ``torch_cold_us``.
     """
     timed = {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
     ours, compiled = timed.get("fastopt"), timed.get(COMPILE)
     stock = [entry for name, entry in timed.items() if name.split()[0] == "torch" and name != COMPILE]
     fastest = min(stock, key=lambda entry: entry["median_us"], default=None)
+    cold_us = min((entry["cold_median_us"] for entry in stock if "cold_median_us" in entry), default=None)
     beside = compiled and (compiled.get("fastopt_beside_us") or (ours and ours["median_us"]))
     return {
         "fastest_torch": fastest and fastest["provider"],
         "ratio": fastest["median_us"] / ours["median_us"] if fastest and ours else None,
+        "torch_cold_us": cold_us,
+        "ratio_cold": cold_us / ours["cold_median_us"] if cold_us and ours else None,
         "ratio_to_compile": compiled["median_us"] / beside if beside else None,
         "of_copy": ours and ours["of_copy"],
     }
@@ -45,7 +50,10 @@ def lines(result):
             yield f"  {entry['provider']:<15} {entry['status']}: {entry['reason']}"
             continue
         spread = f"{entry['p10_us']:,.1f}-{entry['p90_us']:,.1f}"
-        times = f"{entry['median_us']:>11,.1f} {spread:>21} {entry['gb_per_s']:>8.1f} {entry['of_copy']:>7.2f}"
+        cold = _number(entry.get("cold_median_us"), ",.1f")
+        times = (
+            f"{entry['median_us']:>11,.1f} {spread:>21} {cold:>11} {entry['gb_per_s']:>8.1f} {entry['of_copy']:>7.2f}"
+        )
         host, extra = _number(entry.get("host_us"), ",.1f"), _megabytes(entry.get("extra_bytes"))
         yield f"  {entry['provider']:<15} {times} {host:>9} {extra:>8}"
 
@@ -113,15 +121,16 @@ def markdown(told):
 
 def _main_table(results):
     has_host = any(entry.get("host_us") for result in results for entry in result["providers"])
-    heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", "to compile", "of copy"]
-    heads += ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
-    rows = [_row(result, has_host) for result in results]
+    has_cold = any(result.get("ratio_cold") for result in results)
+    heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", *["cold"] * has_cold]
+    heads += ["to compile", "of copy"] + ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
+    rows = [_row(result, has_host, has_cold) for result in results]
     table = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
     table.insert(1, "|---" * len(heads) + "|")
     return "\n".join(table)
 
 
-def _row(result, has_host):
+def _row(result, has_host, has_cold):
     entries = {entry["provider"]: entry for entry in result["providers"]}
     ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
     both = lambda key, show: f"{show(stock.get(key))}, {show(ours.get(key))}"  # noqa: E731
@@ -132,11 +141,18 @@ def _row(result, has_host):
         f"{ours['median_us']:,.1f}" if ours["status"] == "timed" else f"{ours['status']}: {ours['reason']}",
         spread,
         f"**{result['ratio']:.2f}x**" if result["ratio"] else "-",
+        *[_cold(result, ours)] * has_cold,
         _number(result["ratio_to_compile"], ".1f", "x"),
         _number(result["of_copy"], ".2f"),
         *([both("host_us", lambda value: _number(value, ",.1f"))] * has_host),
         both("extra_bytes", _megabytes),
     ]
+
+
+def _cold(result, ours):
+    if not result.get("ratio_cold"):
+        return "-"
+    return f"**{result['ratio_cold']:.2f}x** ({result['torch_cold_us']:,.1f}, {ours['cold_median_us']:,.1f})"
 
 
 def _other_rows(result):
@@ -165,17 +181,18 @@ def _left_out(results, missing):
     return told + ([f"Not installed: {', '.join(missing)}"] if missing else [])
 
 
-def rewrite_between_markers(text, block):
-    """``text`` with ``block`` between its markers.
+def rewrite_between_markers(text, block, markers=MARKERS):
+    """``text`` with ``block`` between the two markers.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in after:
-        raise ValueError(f"must hold {BEGIN} and after it {END}, once each")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    begin, end = markers
+    before, has_begin, rest = text.partition(begin)
+    _, has_end, after = rest.partition(end)
+    if not has_begin or not has_end or begin in rest or end in after:
+        raise ValueError(f"must hold {begin} and after it {end}, once each")
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def _number(value, form, unit=""):

@@ -30,6 +30,7 @@ class Settings:
     is_quick: bool = False
     compile: str = "loss"
     timeout_s: float = 600.0
+    is_cold: bool = False
 
     @property
     def budget_s(self):
@@ -89,9 +90,8 @@ def _times(case, settings, names, entries):
 
 
 def _job(case, settings, names, wants):
-    return worker.Job(
-        case, settings.device, tuple(names), wants, settings.n_threads, settings.n_rounds, settings.budget_s
-    )
+    limits = settings.n_threads, settings.n_rounds, settings.budget_s, settings.is_cold
+    return worker.Job(case, settings.device, tuple(names), wants, *limits)
 
 
 def _not_run(name, reason):

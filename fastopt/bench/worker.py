@@ -20,6 +20,7 @@ class Job:
     n_threads: int = 1
     n_rounds: int | None = None
     budget_s: float = 4.0
+    is_cold: bool = False  # the caches are overwritten before further calls
 
 
 def run(job, connection):
@@ -31,15 +32,15 @@ def run(job, connection):
         if job.wants == "memory":
             outcome = memory(job.case, job.device, wanted, tell)
         else:
-            outcome = times(job.case, job.device, wanted, tell, job.n_rounds, job.budget_s)
+            outcome = times(job.case, job.device, wanted, tell, job.n_rounds, job.budget_s, job.is_cold)
         connection.send(("done", outcome))
     except Exception as error:
         connection.send(("failed", _one_line(error)))
     connection.close()
 
 
-def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget_s=4.0):
-    """Check every provider, then time those that are right beside a plain copy.
+def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget_s=4.0, is_cold=False):
+    """Check every provider, then time those that are right beside a plain copy; cold calls too if ``is_cold``.
 
     Returns:
         (entries, n_rounds): entries is a dict of each provider's name and of "copy".
@@ -63,6 +64,11 @@ def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget
         entry["of_copy"] = copy_s / seconds["median"]
         if pairs[0][1] is not None:
             entry["host_us"] = measure.spread([host for _, host in pairs])["median"] * 1e6
+    if is_cold:
+        for name, pairs in measure.interleaved(calls, measure.ColdClock(), n_rounds, budget_s).items():
+            scale = copy.scale if name == COPY else 1
+            seconds = measure.spread([scale * seconds for seconds, _ in pairs])
+            entries[name] |= {f"cold_{key}_us": value * 1e6 for key, value in seconds.items()}
     if device == "cuda":
         for name, its in started.items():
             if its:

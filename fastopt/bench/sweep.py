@@ -1,0 +1,147 @@
+"""``python -m fastopt bench sweep``: finds what is slower than torch among many small and large rows."""
+
+import argparse
+import random
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .._arguments import at_least, non_negative
+from . import measure, rows
+
+BAR = 0.95  # torch's time over fastopt's
+NOISE_US = 2.0
+MIN_ROW_S, MAX_ROW_S = 0.01, 1.0
+N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = 3, 11, 0.5  # what looks slow is measured in so many rounds, for so long at least
+SECONDS, QUICK_SECONDS, QUICK_BYTES = 600.0, 60.0, 8e6
+
+HELP = "look for anything that is slower than torch; exit with 1 if something is"
+DESCRIPTION = f"""\
+Time every optimizer and loss over many options, sizes, layouts, dtypes and numbers of threads, beside the fastest of
+torch's eager implementations (for-loop, foreach, fused). Prints the rows that fall short: fastopt takes more than
+torch's time / {BAR}, and over {NOISE_US:g} us more. Such a row is made and measured again, longer, {N_TRIES - 1} times.
+It is printed if it falls short each time, with the bytes that it must move and the rate at which it and a plain copy
+move them: where the rates are the same, no kernel can do better. Rows are taken in a random order, so that a short
+sweep is a sample. Exits with 1 if a row falls short, with 3 if fastopt does not run."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median microseconds of each provider of one row."""
+
+    us: dict
+
+    @property
+    def ours(self):
+        return self.us["fastopt"]
+
+    @property
+    def torch(self):
+        """The fastest of torch's implementations."""
+        return min((name for name in self.us if name.startswith("torch")), key=self.us.get)
+
+    @property
+    def ratio(self):
+        return self.us[self.torch] / self.ours
+
+    @property
+    def is_slow(self):
+        return self.ratio < BAR and self.ours - self.us[self.torch] > NOISE_US
+
+
+def add_arguments(parser):
+    """The sweep's arguments on ``parser``; what it shares with the benchmark may stand before the command too."""
+    shared = dict(default=argparse.SUPPRESS)
+    parser.add_argument("--only", metavar="TEXT", help="rows whose name has TEXT", **shared)
+    parser.add_argument("--threads", type=at_least(1), help="threads of both; default: torch's, and 1", **shared)
+    quick = f"{QUICK_SECONDS:g} s, no row of over {QUICK_BYTES / 1e6:g} MB"
+    parser.add_argument("--quick", action="store_true", help=quick, **shared)
+    parser.add_argument("--list", action="store_true", help="list the rows and the bytes they must move", **shared)
+    parser.add_argument("--seed", type=at_least(0), metavar="N", help="draw the shapes at random")
+    seconds = f"time for all rows, which share it; what it does not reach is left out; default: {SECONDS:g}"
+    parser.add_argument("--seconds", type=non_negative, metavar="S", help=seconds)
+
+
+def run(args, parser):
+    """Do what ``args`` ask for and return the exit status."""
+    rng = random.Random(args.seed)
+    found = [
+        row
+        for row in rows.rows(rng if args.seed is not None else None)
+        if args.only.lower() in row.name.lower() and not (args.quick and row.bytes_moved > QUICK_BYTES)
+    ]
+    if not found:
+        parser.error(f"argument --only: must be part of a row's name (see --list), got {args.only!r}")
+    if args.list:
+        for row in found:
+            print(f"{row.name}  ({row.bytes_moved:,} B)")
+        return 0
+    threads = [args.threads] if args.threads else sorted({torch.get_num_threads(), 1}, reverse=True)
+    pairs = [(row, n_threads) for row in found for n_threads in threads]
+    rng.shuffle(pairs)
+    seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
+    before = torch.get_num_threads()
+    try:
+        return _sweep(pairs, seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sweep(pairs, seconds):
+    deadline = time.monotonic() + seconds
+    n_slow, n_failed, timed = 0, 0, {}
+    for index, (row, n_threads) in enumerate(pairs):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0 and index > 0:
+            break
+        name = f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}"
+        torch.set_num_threads(n_threads)
+        try:
+            times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(pairs) - index))))
+        except Exception as error:
+            n_failed += 1
+            print(f"NOT RUN {name}: {type(error).__name__}: {error}", flush=True)
+            continue
+        timed[name] = times.ratio
+        if times.is_slow:
+            n_slow += 1
+            print(f"SLOWER {times.ratio:.2f}x  {name}: {_told(row, times)}", flush=True)
+    reached = f", {len(pairs) - len(timed) - n_failed} not reached in {seconds:g} s"
+    worst = min(timed, key=timed.get, default=None)
+    print(
+        f"{len(timed) - n_slow} of {len(timed)} rows at least as fast as torch"
+        + (f", {n_failed} not run" * (n_failed > 0))
+        + (reached * (len(timed) + n_failed < len(pairs)))
+        + (f"; worst {timed[worst]:.2f}x: {worst}" if timed else "")
+    )
+    return 3 if n_failed else int(n_slow > 0)
+
+
+def time_row(row, budget_s):
+    """Times of ``row``, the last ones if at first it looks slow; those have a plain copy too."""
+    for index in range(N_TRIES):
+        calls = row.calls()  # anew, for where arrays lie in memory makes a difference that lasts as long as they do
+        if "fastopt" not in calls:
+            raise RuntimeError("the step leaves parameters as they are")
+        if index > 0:
+            calls["copy"] = measure.Copy(row.bytes_moved, "cpu")
+        times = _medians(calls, *((budget_s,) if index == 0 else (max(AGAIN_S, 3 * budget_s), N_ROUNDS_AGAIN)))
+        del calls  # before others are made
+        if not times.is_slow:
+            break
+    return times
+
+
+def _medians(calls, budget_s, n_rounds=None):
+    clock = measure.CpuClock(budget_s / len(calls) / (n_rounds or 5))
+    samples = measure.interleaved(calls, clock, n_rounds, budget_s)
+    return Times({name: 1e6 * measure.spread([s for s, _ in pairs])["median"] for name, pairs in samples.items()})
+
+
+def _told(row, times):
+    rate, copy_rate = (row.bytes_moved / us / 1e3 for us in (times.ours, times.us["copy"]))
+    return (
+        f"fastopt {times.ours:,.1f} us, {times.torch} {times.us[times.torch]:,.1f} us; "
+        f"{row.bytes_moved:,} B at {rate:.1f} GB/s, a plain copy's at {copy_rate:.1f}"
+    )

@@ -1,0 +1,263 @@
+"""``python -m fastopt bench sweep``: its rows, what is judged slow, and its exit status."""
+
+import random
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastopt
+from fastopt.__main__ import main
+from fastopt.bench import rows, sweep
+from fastopt.bench.sweep import Times
+
+# Rows.
+
+EVERY = list(rows.rows())
+NAMES = [row.name for row in EVERY]
+
+
+def row_of(name):
+    return EVERY[NAMES.index(name)]
+
+
+def test_every_optimizer_and_loss_of_fastopt_has_rows_in_every_dtype():
+    functions = {
+        name: value for name, value in vars(fastopt.functional).items() if hasattr(F, name) and callable(value)
+    }
+    ours = {name for name, value in functions.items() if value.__module__.startswith("fastopt")}
+    assert ours >= {"cross_entropy"}
+    assert {row.function for row in EVERY if isinstance(row, rows.LossRow)} == ours
+    steps = {row.optimizer for row in EVERY if isinstance(row, rows.OptimizerRow)}
+    assert steps == {name for name in fastopt.optim.__all__ if hasattr(torch.optim, name)}
+    for name in (*steps, *ours):
+        kinds = {
+            row.dtype for row in EVERY if name in (getattr(row, "optimizer", None), getattr(row, "function", None))
+        }
+        assert kinds == set(rows.DTYPES)
+
+
+def test_rows_have_names_of_their_own():
+    assert len(set(NAMES)) == len(NAMES)
+    assert "cross-entropy 64 x 10 f16, half ignored" in NAMES
+    assert "Adam amsgrad: LeNet, 44 k f64" in NAMES
+    assert not any("x 10 x 2, transposed" in name for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "n_bytes"),
+    [
+        ("SGD: LeNet, 44 k", 3 * 4 * 44_426),
+        ("Adam amsgrad: LeNet, 44 k bf16", 9 * 2 * 44_426),
+        ("RMSprop momentum=0.9 centered: one of 10 f64", 9 * 8 * 10),
+        ("cross-entropy 64 x 10", 4 * 640 + 8 * 64 + 4 * 640),
+        ("cross-entropy 64 x 10 f64, probabilities", 3 * 8 * 640),
+        ("cross-entropy 64 x 10 bf16, half ignored", 2 * 320 + 8 * 64 + 2 * 640),
+        ("cross-entropy 1024 x 10 x 2 f16, no gradient", 2 * 20480 + 8 * 2048),
+    ],
+)
+def test_bytes_of_a_row_are_those_worked_out_by_hand(name, n_bytes):
+    assert row_of(name).bytes_moved == n_bytes
+
+
+def test_a_new_loss_is_one_row(monkeypatch):
+    monkeypatch.setattr(rows, "LOSSES", (("l1_loss", (dict(target="values"), dict(target="values", reduction="sum"))),))
+    assert not any(isinstance(row, rows.LossRow) for row in rows.rows())  # fastopt has none
+    monkeypatch.setattr(fastopt.functional, "l1_loss", F.l1_loss, raising=False)
+    found = [row for row in rows.rows() if isinstance(row, rows.LossRow)]
+    assert len(found) == 2 * len(rows.SHAPES) * len(rows.DTYPES)
+    assert found[0].name == "l1-loss 1 x 10"
+    assert found[-1].name == "l1-loss 2 x 19 x 256 x 256 f16, reduction=sum"
+    assert found[0].bytes_moved == 3 * 40
+    for call in found[0].calls().values():
+        call()
+
+
+def test_drawn_rows_are_those_of_their_seed():
+    def names(seed):
+        return [row.name for row in rows.rows(random.Random(seed), (torch.float32,))]
+
+    assert names(1) == names(1)
+    assert not set(names(1)) & set(names(2))
+    assert max(row.bytes_moved for row in rows.rows(random.Random(3))) < 1e9
+
+
+SMALL = ("one of 10", "1 x 10", "16 x 10 x 2", "64 x 2")
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in EVERY if any(size in row.name for size in SMALL)], ids=lambda row: row.name
+)
+def test_calls_of_a_row_work_and_differ_by_their_provider(row):
+    calls = row.calls()
+    assert "fastopt" in calls
+    assert "torch for-loop" in calls or "torch" in calls
+    for call in calls.values():
+        call()
+
+
+def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
+    seen = []
+
+    def spy(inputs, target, **options):
+        seen.append((inputs.stride(), target.shape, inputs.requires_grad, sorted(options)))
+        return F.cross_entropy(inputs, target, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", torch.nn.functional.cross_entropy)
+    monkeypatch.setattr(fastopt.functional, "cross_entropy", spy)
+    for name in ("transposed", "rows apart", "probabilities", "weight", "no gradient", "reduction=none"):
+        row_of(f"cross-entropy 64 x 10, {name}").calls()
+    row_of("cross-entropy 4 x 21 x 64 x 64, channels last").calls()
+    assert seen == [
+        ((1, 64), (64,), True, []),
+        ((20, 1), (64,), True, []),
+        ((10, 1), (64, 10), True, []),
+        ((10, 1), (64,), True, ["weight"]),
+        ((10, 1), (64,), False, []),
+        ((10, 1), (64,), True, ["reduction"]),
+        ((21 * 64 * 64, 1, 64 * 21, 21), (4, 64, 64), True, []),
+    ]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_a_step_that_leaves_parameters_as_they_are_is_no_candidate(share, monkeypatch):
+    """torch 2.13's fused SGD updates a few elements of 16-bit tensors."""
+    loop = rows.OPTIMIZERS[0]
+
+    def partly(case, params):
+        n = round(share * params[0].numel())
+        return lambda: params[0].data.view(-1)[:n].add_(1)
+
+    monkeypatch.setattr(rows, "OPTIMIZERS", (loop, type(loop)("torch partly", partly)))
+    row = rows.OptimizerRow("SGD", "SGD", dict(lr=0.1), "param grad -> param", "small", ((10, 10),))
+    assert list(row.calls()) == ["torch for-loop"] + ["torch partly"] * (share == 1)
+
+
+# What is slow, and how it is told.
+
+
+@pytest.mark.parametrize(
+    ("us", "is_slow"),
+    [
+        (dict(fastopt=100.0, torch=96.0), False),
+        (dict(fastopt=100.0, torch=94.0), True),
+        (dict(fastopt=10.0, torch=8.5), False),  # less than 2 us
+        ({"fastopt": 100.0, "torch for-loop": 300.0, "torch fused": 90.0, "copy": 1.0}, True),
+        ({"fastopt": 100.0, "torch for-loop": 300.0, "torch fused": 120.0, "copy": 1.0}, False),
+    ],
+)
+def test_a_row_is_slow_beside_the_fastest_torch(us, is_slow):
+    assert Times(us).is_slow == is_slow
+    assert Times(us).ratio == min(value for name, value in us.items() if "torch" in name) / us["fastopt"]
+
+
+@dataclass
+class Row:
+    """A row whose fastopt sleeps."""
+
+    name: str
+    seconds: tuple  # of each making
+    bytes_moved: int = 4096
+    made: list = field(default_factory=list)
+
+    def calls(self):
+        self.made.append(self.seconds[min(len(self.made), len(self.seconds) - 1)])
+        seconds = self.made[-1]
+        return {"torch": lambda: time.sleep(1e-3), "fastopt": lambda: time.sleep(seconds)}
+
+
+SLOW, ONCE_SLOW, FAST = 4e-3, (4e-3, 1e-5), 1e-5
+
+
+@pytest.fixture
+def short_repeats(monkeypatch):
+    monkeypatch.setattr(sweep, "MAX_ROW_S", 0.02)
+    monkeypatch.setattr(sweep, "AGAIN_S", 0.02)
+    monkeypatch.setattr(sweep, "N_ROUNDS_AGAIN", 3)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, two_threads, monkeypatch, capsys):
+    table = [Row("slow", (SLOW,)), Row("once slow", ONCE_SLOW), Row("fast", (FAST,))]
+    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    assert main(["bench", "sweep", "--seconds", "9", "--threads", "1"]) == 1
+    assert torch.get_num_threads() == 2
+    slower, summary = capsys.readouterr().out.splitlines()
+    assert slower.startswith("SLOWER 0.")
+    assert "  slow, 1 thread: fastopt 4," in slower
+    assert " us, torch 1," in slower
+    assert "; 4,096 B at 0.0 GB/s, a plain copy's at " in slower
+    assert summary.startswith("2 of 3 rows at least as fast as torch; worst 0.")
+    assert summary.endswith("x: slow, 1 thread")
+    assert [len(row.made) for row in table] == [3, 2, 1]
+
+
+def test_nothing_slow_is_success_on_all_threads_and_on_one(short_repeats, two_threads, monkeypatch, capsys):
+    table = [Row("a fast one", (FAST,)), Row("another", (FAST,)), Row("other", (FAST,), 10**9)]
+    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    assert main(["bench", "--quick", "sweep", "--seconds", "0.1", "--only", "OTHER"]) == 0
+    (summary,) = capsys.readouterr().out.splitlines()
+    assert summary.startswith("2 of 2 rows at least as fast as torch; worst ")
+    assert [len(row.made) for row in table] == [0, 2, 0]
+
+
+def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_repeats, monkeypatch, capsys):
+    table = [Row(f"row {index}", (FAST,)) for index in range(50)]
+    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    assert main(["bench", "sweep", "--seconds", "0", "--threads", "1"]) == 0
+    assert "1 of 1 rows at least as fast as torch, 49 not reached in 0 s; worst" in capsys.readouterr().out
+    for seed in range(5):
+        assert main(["bench", "sweep", "--seconds", "0", "--threads", "1", "--seed", str(seed)]) == 0
+    assert sum(bool(row.made) for row in table) > 2
+
+
+def test_a_row_that_raises_is_told_and_is_status_3(short_repeats, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("no kernel")
+
+    table = [Row("fast", (FAST,)), Row("broken", ())]
+    table[1].calls = fail
+    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    assert main(["bench", "sweep", "--seconds", "0.1", "--threads", "1"]) == 3
+    out = capsys.readouterr().out
+    assert "NOT RUN broken, 1 thread: RuntimeError: no kernel" in out
+    assert "1 of 1 rows at least as fast as torch, 1 not run; worst" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "no such row"], "argument --only: must be part of a row's name (see --list), got 'no such row'"),
+        (["--seed", "-1"], "argument --seed: must be >= 0, got -1"),
+        (["--seconds", "nan"], "argument --seconds: must be >= 0 and finite, got nan"),
+    ],
+)
+def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["bench", "sweep", *arguments])
+    assert exited.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_and_list_say_the_bar_and_the_bytes(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "sweep", "--help"])
+    assert "torch's time / 0.95, and over 2 us more" in " ".join(capsys.readouterr().out.split())
+    assert main(["bench", "sweep", "--list", "--only", "64 x 10 bf16, weight"]) == 0
+    assert capsys.readouterr().out == "cross-entropy 64 x 10 bf16, weight  (3,072 B)\n"
+
+
+def test_sweep_of_real_rows_ends_within_its_time(capsys):
+    started = time.monotonic()
+    assert main(["bench", "sweep", "--quick", "--seconds", "1", "--seed", "5"]) in (0, 1)
+    assert time.monotonic() - started < 30
+    assert " rows at least as fast as torch" in capsys.readouterr().out.splitlines()[-1]
