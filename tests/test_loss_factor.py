@@ -53,6 +53,20 @@ def test_a_factor_costs_no_exactness(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_factors_of_each_position_are_the_same_after_any_number(dtype):
+    x, target = logits_and_target((16, 5000), dtype)
+    factors = torch.linspace(0.5, 2, 16, dtype=dtype)
+
+    def of_positions():
+        return torch.autograd.grad(cross_entropy(x, target, reduction="none"), x, factors)[0]
+
+    expected = of_positions()
+    for factor in FACTORS:
+        gradient(cross_entropy, x, target, factor, "none")
+        torch.testing.assert_close(of_positions(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_factor_that_comes_again_costs_no_kernel(dtype):
     x, target = logits_and_target((64, 1000), dtype)
     gradient(cross_entropy, x, target, 0.125)

@@ -111,7 +111,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const auto number = backend_of(saved) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
     if (!number) return {scale_gradient(saved, left, dtype, may_reuse)};
     loss_factors().remember(kind, *number);
-    if (*number != known && !has_hooks) {
+    if (*number != known && !has_hooks && reduction != at::Reduction::None) {
       at::Tensor anew = computed_anew(*number, may_reuse ? saved : at::Tensor());
       if (anew.defined()) return {scale_gradient(anew, 1.0, dtype, /*may_reuse=*/true)};
     }
@@ -301,17 +301,20 @@ at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::T
   const auto number = repeated_number_in(grad_output);
   const auto dtype = arguments.input.scalar_type();
   if (number) loss_factors().remember(kind_of(arguments), *number);
-  if (!grad.defined() || (number && *number != factor)) {
-    factor = number.value_or(1);
+  const bool is_reduced = arguments.reduction != at::Reduction::None;
+  if (!grad.defined() || (is_reduced && number && *number != factor)) {
+    factor = is_reduced ? number.value_or(1) : 1;
     grad = std::get<1>(
         cross_entropy_kernel(arguments, GradientMemory::kFresh, factor, /*totals=*/nullptr, std::move(grad)));
   }
-  if (number) return scale_gradient(grad, 1.0, dtype, /*may_reuse=*/true);
+  if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);
   return scale_gradient(grad, factor == 1 ? grad_output : at::div(grad_output, factor), dtype, /*may_reuse=*/true);
 }
 
 double foreseen_factor(const CrossEntropyArguments& arguments) {
-  return backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
+  // Losses of each position have factors of their own: then there is nothing to foresee.
+  const bool is_reduced = arguments.reduction != at::Reduction::None;
+  return is_reduced && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
              ? loss_factors().foreseen(kind_of(arguments))
              : 1;
 }

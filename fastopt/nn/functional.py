@@ -138,10 +138,13 @@ def _cross_entropy(
     return reference.torch_cross_entropy(*arguments) if loss is None else loss
 
 
-@torch.compiler.assume_constant_result
 def _has_kernels(device_type: str) -> bool:
     """Whether kernels take tensors of a device; looks for the library while a program is traced, and not in it."""
     return device_type == "cpu" and _native.module() is not None or device_type == "cuda" and _native.cuda()
+
+
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo for it.
+_has_kernels._dynamo_marked_constant = True
 
 
 def _plain_numbers(ignore_index, label_smoothing):
