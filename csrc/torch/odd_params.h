@@ -42,6 +42,7 @@ class OddParams {
     refused_ = nullptr;
   }
   bool is_search() const { return is_search_; }
+  bool leaves_some() const { return !left_alone_.empty(); }
   bool is_left_alone(PyObject* param) const {
     return std::any_of(left_alone_.begin(), left_alone_.end(),
                        [&](const py::object& other) { return other.ptr() == param; });

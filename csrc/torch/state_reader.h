@@ -27,9 +27,6 @@ class StateWalk {
     return nullptr;
   }
 
-  // The state at a guess, or null.
-  PyObject* at(size_t guess) const { return guess < items_.size() ? items_[guess].value : nullptr; }
-
  private:
   struct Item {
     PyObject* key;

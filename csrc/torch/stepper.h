@@ -4,13 +4,11 @@
 #include <ATen/ops/empty_like.h>
 
 #include <array>
-#include <chrono>
 #include <iterator>  // size
 #include <utility>   // move
 #include <vector>
 
 #include "torch/families.h"
-#include "torch/look_ahead.h"
 #include "torch/odd_params.h"
 #include "torch/optimizer_reader.h"
 #include "torch/state_reader.h"
@@ -20,9 +18,6 @@ namespace fastopt {
 
 // Elements from which the interpreter is let go while kernels run.
 constexpr int64_t kMinElementsToReleaseGil = 1 << 16;
-
-// A step that begins so soon after the last one finds its tensors in the caches; looking ahead would take longer.
-constexpr std::chrono::microseconds kMaxPauseInCaches(20);
 
 // One thread at a time steps.
 template <class Family>
@@ -40,7 +35,6 @@ class Stepper {
     try {
       const bool is_done = gather_all(optimizer.ptr(), reads_scaling) && run();
       clear();
-      last_end_ = Clock::now();
       return is_done;
     } catch (...) {
       clear();
@@ -74,8 +68,6 @@ class Stepper {
   const char* why_not() const { return why_not_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   struct Group {
     py::object dict;  // held: reading another group's options may run Python code
     Options options;
@@ -180,25 +172,23 @@ class Stepper {
   bool gather(PyObject* state) {
     must_know_ = false;
     walk_.read(state);
-    const bool is_cold = Clock::now() - last_end_ > kMaxPauseInCaches;
     size_t n_params = 0;
+    const bool leaves_some = odd_.leaves_some();
     for (size_t g = 0; g < groups_.size(); ++g) {
       PyObject* const params = GroupReader(groups_[g].dict.ptr()).find("params");
       if (!params || !PyList_CheckExact(params)) return refuse("a group's params are not a list");
-      if (is_cold) look_ahead_.start(params, n_params, walk_, guesses_);
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-        if (is_cold) look_ahead_.go_on();
         if (guesses_.size() <= n_params) guesses_.push_back(n_params);
         PyObject* const param = PyList_GET_ITEM(params, i);
         size_t& guess = guesses_[n_params++];
-        if (odd_.is_left_alone(param) || gather_param(g, param, guess) || odd_.take_refused(param)) continue;
-        return false;
+        if (leaves_some && odd_.is_left_alone(param)) continue;
+        if (!gather_param(g, param, guess) && !odd_.take_refused(param)) return false;
       }
     }
     return true;
   }
 
-  bool gather_param(size_t group_index, PyObject* object, size_t& guess) {
+  [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, size_t& guess) {
     if (!THPVariable_Check(object)) return refuse("a parameter is not a tensor");
     const at::Tensor& param = THPVariable_Unpack(object);
     if (!is_ordinary_tensor(object)) return refuse("a parameter's class overrides what a step does");
@@ -344,8 +334,6 @@ class Stepper {
   UpdateBatch batch_;
   StateWalk walk_;
   OddParams odd_;
-  LookAhead look_ahead_;
-  Clock::time_point last_end_;
   std::vector<Entry> entries_;
   std::vector<Group> groups_;
   std::vector<MadeState> made_states_;
