@@ -20,9 +20,6 @@ namespace {
 // Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one.
 // Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
 constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
-constexpr int64_t kLogitsPerTask = 2048;
-// Logits below which another thread costs more than it saves.
-constexpr int64_t kMinLogitsPerThread = 4096;
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kMaxRun = 512;
@@ -30,8 +27,6 @@ constexpr int64_t kMaxRun = 512;
 // short tiles take: one tile's lanes would not be full, and two threads would have one task.
 constexpr int64_t kMaxTileClasses = 4096;
 constexpr int64_t kMinTilePositions = 48, kMaxShortTileClasses = 128;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 
@@ -189,10 +184,6 @@ FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begi
     });
   }
   return part;
-}
-
-Threads at_most(const Threads& threads, int64_t n_elements) {
-  return {static_cast<int>(std::min<int64_t>(threads.count, n_elements / kMinLogitsPerThread)), threads.on_each};
 }
 
 }  // namespace

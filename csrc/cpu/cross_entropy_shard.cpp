@@ -11,10 +11,6 @@
 namespace fastopt::cpu {
 namespace {
 
-// As many as a task of cross_entropy() has, and as few as one of its threads is worth.
-constexpr int64_t kLogitsPerTask = 2048;
-constexpr int64_t kMinLogitsPerThread = 4096;
-
 template <class S, TargetKind kTarget>
 FASTOPT_CLONES RowSums<double> sum_row(const S* logits, int64_t n_classes, const TargetTerms<compute_t<S>> terms) {
   using T = compute_t<S>;
@@ -51,9 +47,8 @@ void with_kind(const LogitShard& shard, F&& f) {
 template <class F, class D>
 void for_rows(const LogitShard& shard, const Threads& threads, F&& f, D&& done) {
   const int64_t n_task_rows = std::max<int64_t>(kLogitsPerTask / shard.n_classes, 1);
-  const int64_t n_tasks = (shard.n_rows + n_task_rows - 1) / n_task_rows;
-  const int64_t n_threads = std::min<int64_t>(threads.count, shard.n_rows * shard.n_classes / kMinLogitsPerThread);
-  share_tasks({static_cast<int>(n_threads), threads.on_each}, n_tasks, [&](auto&& next) {
+  const int64_t n_tasks = divide_up(shard.n_rows, n_task_rows);
+  share_tasks(at_most(threads, shard.n_rows * shard.n_classes), n_tasks, [&](auto&& next) {
     for (int64_t task = next(); task < n_tasks; task = next()) {
       const int64_t end = std::min((task + 1) * n_task_rows, shard.n_rows);
       for (int64_t i = task * n_task_rows; i < end; ++i) f(i);

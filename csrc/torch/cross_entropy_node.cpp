@@ -104,12 +104,13 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     // Asked for their dtype; they may have been overwritten.
     const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? unpacked(input) : saved;
     if (!is_traced) check_backed(grad_output, "grad_output");
-    const at::Tensor left = known == 1 ? grad_output : at::div(grad_output, known);
-    if (has_tangent) return {at::mul(saved, factor_of(left, saved)).to(dtype)};  // not below autograd
+    // Asked for where it is no number only: a foreseen factor must cost nothing.
+    const auto left = [&, known = known] { return known == 1 ? grad_output : at::div(grad_output, known); };
+    if (has_tangent) return {at::mul(saved, factor_of(left(), saved)).to(dtype)};  // not below autograd
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (is_traced) return {call_backward(left, saved, logits)};
+    if (is_traced) return {call_backward(left(), saved, logits)};
     const auto number = backend_of(saved) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
-    if (!number) return {scale_gradient(saved, left, dtype, may_reuse)};
+    if (!number) return {scale_gradient(saved, left(), dtype, may_reuse)};
     loss_factors().remember(kind, *number);
     if (*number != known && !has_hooks && reduction != at::Reduction::None) {
       at::Tensor anew = computed_anew(*number, may_reuse ? saved : at::Tensor());

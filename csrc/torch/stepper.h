@@ -55,7 +55,7 @@ class Stepper {
     std::vector<py::object> found;
     try {
       const bool is_split = gather_all(optimizer.ptr(), reads_scaling) && !is_scaled_ && batch_.size() > 0 &&
-                            !batch_.has_cuda() && odd_.are_apart(batch_, walk_, steps_in_memory());
+                            !batch_.has(Backend::kCuda) && odd_.are_apart(batch_, walk_, steps_in_memory());
       if (is_split) found = odd_.params();
     } catch (...) {
       clear();
@@ -127,7 +127,7 @@ class Stepper {
       if (odd_.is_search() || !makes_dicts(optimizer_.state())) return refuse("a parameter has no state");
       add_empty_states(optimizer_.state());
     }
-    if (is_scaled_ && batch_.has_cpu()) return refuse("a GradScaler's numbers are for tensors on the CPU");
+    if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
     if (Family::kHasStep && !is_capturable_ && batch_.is_capturing()) {
       return refuse("a CUDA graph is captured, and capturable is not set");

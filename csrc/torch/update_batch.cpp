@@ -45,16 +45,9 @@ size_t UpdateBatch::place_of(c10::Device device, Backend backend) {
   return devices_.size() - 1;
 }
 
-bool UpdateBatch::has_cpu() const {
+bool UpdateBatch::has(Backend backend) const {
   for (const int16_t place : places_) {
-    if (devices_[place].backend == Backend::kCpu) return true;
-  }
-  return false;
-}
-
-bool UpdateBatch::has_cuda() const {
-  for (const int16_t place : places_) {
-    if (devices_[place].backend == Backend::kCuda) return true;
+    if (devices_[place].backend == backend) return true;
   }
   return false;
 }

@@ -24,8 +24,7 @@ class UpdateBatch {
   int64_t size() const { return static_cast<int64_t>(places_.size()); }
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
-  bool has_cpu() const;
-  bool has_cuda() const;
+  bool has(Backend backend) const;
   // Whether a CUDA graph is being captured on the current stream of a tensor's device.
   bool is_capturing() const;
   // Has the kernel count this tensor's steps; it must lie on the tensor's device.
