@@ -178,6 +178,8 @@ def compile_flags(compiler):
     # at::parallel_for is a template: without OpenMP our loops would be serial. Other compilers would call a runtime of
     # their own beside torch's libgomp, so they get vector loops only.
     flags.append("-fopenmp" if compiler.is_gcc else "-fopenmp-simd")
+    if compiler.is_gcc:  # or it makes a loop that zeroes a few vectors a "rep stos", which takes 10 ns to start
+        flags.append("-fno-tree-loop-distribute-patterns")
     if sanitizers():
         # vptr checks need the type information of torch's classes, which torch keeps to itself.
         flags += [f"-fsanitize={sanitizers()}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]

@@ -12,8 +12,9 @@
 
 namespace fastopt::cpu {
 
-// Logits of a block and their exponentials stay in the first-level cache.
-constexpr int64_t kRowBlock = 2048;
+// A row has at least kLanes classes. Logits of a block and their exponentials stay in the first-level cache. The last
+// block has up to kLanes more, so that none has fewer than kLanes.
+constexpr int64_t kRowBlock = 2048, kMaxRowBlock = kRowBlock + kLanes;
 // Memory is fetched so many logits before they are read: the block after next.
 constexpr int64_t kFetchAhead = 2 * kRowBlock;
 // As a row's target, where it is not among the row's classes.
@@ -37,7 +38,7 @@ struct RowLaneSums {
   static constexpr bool kIsSpread = kTarget != TargetKind::kIndex;
   // An even spread's q is known from the number of classes.
   static constexpr bool kSumsQ = kIsSpread && kTarget != TargetKind::kIndexUniform;
-  T max;  // of the first block, before anything is summed
+  T max = 0;  // of the first block, before anything is summed
   LaneSums<T> exp;
   LaneSumsIf<kSumsQ, T> q;
   LaneSumsIf<kIsSpread, T> qx;
@@ -63,16 +64,51 @@ struct RowLaneSums {
   }
 };
 
+// Classes of the block that starts at `first`.
+FASTOPT_HD int64_t block_size(int64_t first, int64_t n_classes) {
+  const int64_t n = n_classes - first;
+  return n <= kMaxRowBlock ? n : kRowBlock;
+}
+
+// Calls f(i) for groups of kLanes classes from i on, the last of which has some of the one before.
+template <class F>
+FASTOPT_HD void for_whole_groups(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(i);
+  if (i < n) f(n - kLanes);
+}
+
 // A block in the compute type: as it lies, or converted into the buffer.
 template <class S>
 FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* buffer) {
   if constexpr (std::is_same_v<S, compute_t<S>>) {
     return from;
   } else {
+    for_whole_groups(n, [&](int64_t i) __attribute__((always_inline)) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) buffer[i] = load(from[i]);
+      for (int64_t l = 0; l < kLanes; ++l) buffer[i + l] = load(from[i + l]);
+    });
     return buffer;
   }
+}
+
+// The same, and the block's maximum: the lowest finite number if there is no larger, for -inf - -inf is not a number.
+template <class S>
+FASTOPT_HD compute_t<S> widen_and_find_max(const S* from, int64_t n, compute_t<S>* buffer, const compute_t<S>*& x) {
+  using T = compute_t<S>;
+  alignas(64) T running[kLanes];  // which stays in registers
+  for (int64_t l = 0; l < kLanes; ++l) running[l] = std::numeric_limits<T>::lowest();
+  for_whole_groups(n, [&](int64_t i) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const T value = load(from[i + l]);
+      if constexpr (!std::is_same_v<S, T>) buffer[i + l] = value;
+      running[l] = value > running[l] ? value : running[l];
+    }
+  });
+  if constexpr (std::is_same_v<S, T>) x = from;
+  else x = buffer;
+  return fold_lanes(running, [](T a, T b) { return b > a ? b : a; });
 }
 
 // Calls f(i, m) for each group of m <= kLanes classes in [begin, end) of a block, and fetches what lies ahead of its
@@ -88,42 +124,46 @@ FASTOPT_HD void for_groups(const S* logits, int64_t begin, int64_t end, F&& f) {
   if (i < end) f(i, end - i);
 }
 
-// Adds the exponentials and q of n <= kLanes classes to the sums, relative to sums.max; keeps the exponentials if a
-// gradient is wanted. `first` counts the classes before them.
+// Adds the exponentials and q of kLanes classes to the sums, relative to sums.max; keeps the exponentials if a gradient
+// is wanted. `first` counts the classes before them. The first n_again of them, which the group before had, are passed.
 template <class T, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, int64_t first, int64_t n, T* exps,
+FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, int64_t first, int64_t n_again, T* exps,
                             RowLaneSums<T, kTarget>& sums) {
   const T max = sums.max;
+  const int32_t n_passed = static_cast<int32_t>(n_again);
 #pragma omp simd
-  for (int64_t l = 0; l < n; ++l) {
+  for (int32_t l = 0; l < kLanes; ++l) {
+    const bool is_new = l >= n_passed;
     const T shifted = x[l] - max;
     const T e = exp_nonpositive(shifted);
-    sums.exp.few[l] += e;
-    if constexpr (kWantsGrad) exps[l] = e;
+    sums.exp.few[l] += is_new ? e : T(0);
+    if constexpr (kWantsGrad) exps[l] = is_new ? e : exps[l];
     if constexpr (kTarget != TargetKind::kIndex) {
       const T q = spread_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
-      if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.few[l] += q;
-      sums.qx.few[l] += q * shifted;
+      if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.few[l] += is_new ? q : T(0);
+      sums.qx.few[l] += is_new ? q * shifted : T(0);
     }
   }
 }
 
 // If one lane alone holds the maximum, whose exponential is 1: adds that lane's exponentials in double, for beside the
 // 1 they would be rounded to its units, and the loss of a row that is nearly certain is their sum. They are those of
-// the classes [begin, end) of a block, whose logits are x; kept in exps if a gradient is wanted.
+// the classes [begin, end) of a block, whose logits are x; kept in exps if a gradient is wanted. From `last` on, a
+// class's lane is counted from end - kLanes.
 template <class T, TargetKind kTarget, bool kWantsGrad>
-FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t end, const T* exps, RowLaneSums<T, kTarget>& sums) {
-  int64_t n_lanes = 0, lane = 0;
-  for (int64_t l = 0; l < kLanes; ++l) {
-    const int64_t is_large = sums.exp.few[l] >= 1;
-    n_lanes += is_large;
-    lane += is_large * l;
+FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t last, int64_t end, const T* exps,
+                                RowLaneSums<T, kTarget>& sums) {
+  int32_t n_lanes = 0, lane = 0;
+  for (int32_t l = 0; l < kLanes; ++l) {
+    const bool is_large = sums.exp.few[l] >= 1;
+    n_lanes += is_large ? 1 : 0;
+    lane += is_large ? l : 0;
   }
   if (n_lanes != 1) return;
+  const auto exp_of = [&](int64_t i) { return kWantsGrad ? exps[i] : exp_nonpositive(x[i] - sums.max); };
   double sum = 0;
-  for (int64_t i = begin + lane; i < end; i += kLanes) {
-    sum += kWantsGrad ? exps[i] : exp_nonpositive(x[i] - sums.max);
-  }
+  for (int64_t i = begin + lane; i < last; i += kLanes) sum += exp_of(i);
+  if (end - kLanes + lane >= last) sum += exp_of(end - kLanes + lane);
   sums.exp.few[lane] = 0;
   sums.exp.all[lane] += sum;
 }
@@ -135,15 +175,22 @@ FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_
                           const TargetTerms<compute_t<S>> terms, int64_t first, int64_t n, compute_t<S>* exps,
                           RowLaneSums<compute_t<S>, kTarget>& sums, bool may_be_target, F&& before) {
   using T = compute_t<S>;
+  const auto add = [&](int64_t i, int64_t n_again) __attribute__((always_inline)) {
+    add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, n_again,
+                                        exps + (kWantsGrad ? i : 0), sums);
+  };
   for (int64_t part = 0; part < n; part += kSumTerms * kLanes) {
-    const int64_t end = std::min(part + kSumTerms * kLanes, n);
-    for_groups(logits, part, end, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
+    const int64_t end = std::min(part + kSumTerms * kLanes, n), last = end - (end - part) % kLanes;
+    for_groups(logits, part, last, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
       before(i, m);
-      add_classes<T, kTarget, kWantsGrad>(x + i, y + (has_index(kTarget) ? 0 : i), terms, first + i, m,
-                                          exps + (kWantsGrad ? i : 0), sums);
+      add(i, 0);
     });
+    if (last < end) {
+      before(last, end - last);
+      add(end - kLanes, last - (end - kLanes));
+    }
     if constexpr (!std::is_same_v<T, double>) {
-      if (may_be_target) add_lane_of_max<T, kTarget, kWantsGrad>(x, part, end, exps, sums);
+      if (may_be_target) add_lane_of_max<T, kTarget, kWantsGrad>(x, part, last, end, exps, sums);
     }
     sums.flush();
   }
@@ -174,7 +221,7 @@ class RowGradient {
     block_factor_ = offset == max_ ? factor_ : factor_ * std::exp(offset - max_);
   }
   // Classes that may be written at once.
-  FASTOPT_HD int64_t max_group() const { return lines_.streams() ? kLanes : kRowBlock; }
+  FASTOPT_HD int64_t max_group() const { return lines_.streams() ? kLanes : kMaxRowBlock; }
   // Of n classes; `first` counts those before them.
   FASTOPT_HD void write_classes(int64_t first, int64_t n) {
     const TargetTerms<T> terms = terms_;
@@ -221,16 +268,16 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
   constexpr bool kHasTarget = has_index(kTarget);
   // Read before exponentials may take the logits' place.
   const double target_logit = kHasTarget ? static_cast<double>(load(row.logits[row.target])) : 0.0;
-  alignas(64) T x_buffer[kRowBlock];
-  [[maybe_unused]] alignas(64) T y_buffer[kRowBlock];
+  alignas(64) T x_buffer[kMaxRowBlock];
+  [[maybe_unused]] alignas(64) T y_buffer[kMaxRowBlock];
   const bool writes = kWantsGrad && waiting.is_waiting();
   RowLaneSums<T, kTarget> lane_sums;
-  for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
-    const int64_t n = std::min(kRowBlock, row.n_classes - first);
-    const T* x = widened(row.logits + first, n, x_buffer);
+  for (int64_t first = 0, n; first < row.n_classes; first += n) {
+    n = block_size(first, row.n_classes);
+    const T* x;
+    const T max = widen_and_find_max(row.logits + first, n, x_buffer, x);
     const T* y = nullptr;
     if constexpr (!kHasTarget) y = widened(row.probabilities + first, n, y_buffer);
-    const T max = max_of(x, n);
     if (first == 0) {
       lane_sums.max = max;
     } else if (max > lane_sums.max) {
@@ -255,9 +302,9 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
 template <class S, TargetKind kTarget>
 FASTOPT_CLONES void write_row(RowGradient<S, kTarget>& waiting) {
   const int64_t n_classes = waiting.row().n_classes, group = waiting.max_group();
-  for (int64_t first = 0; first < n_classes; first += kRowBlock) {
+  for (int64_t first = 0, end; first < n_classes; first = end) {
     waiting.begin_block(first);
-    const int64_t end = std::min(first + kRowBlock, n_classes);
+    end = first + block_size(first, n_classes);
     for (int64_t i = first; i < end; i += group) waiting.write_classes(i, std::min(group, end - i));
   }
   waiting.end();
@@ -277,11 +324,11 @@ FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<
     target_value =
         static_cast<T>(target_gradient<T, kTarget>(e, exact_factor, grad_scale, terms, terms.on, row.target));
   }
-  alignas(64) T x_buffer[kRowBlock];
+  alignas(64) T x_buffer[kMaxRowBlock];
   LineWriter<gradient_t<S>, kLanes> lines;
   lines.begin(row.grad, streams);
-  for (int64_t first = 0; first < row.n_classes; first += kRowBlock) {
-    const int64_t n = std::min(kRowBlock, row.n_classes - first);
+  for (int64_t first = 0, n; first < row.n_classes; first += n) {
+    n = block_size(first, row.n_classes);
     const T* x = widened(row.logits + first, n, x_buffer);
     const S* y = row.probabilities + (kHasTarget ? 0 : first);
     for_groups(row.logits + first, 0, n, [&](int64_t begin, int64_t m) __attribute__((always_inline)) {

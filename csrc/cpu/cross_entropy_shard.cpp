@@ -14,12 +14,12 @@ namespace {
 template <class S, TargetKind kTarget>
 FASTOPT_CLONES RowSums<double> sum_row(const S* logits, int64_t n_classes, const TargetTerms<compute_t<S>> terms) {
   using T = compute_t<S>;
-  alignas(64) T x_buffer[kRowBlock];
+  alignas(64) T x_buffer[kMaxRowBlock];
   RowLaneSums<T, kTarget> sums;
-  for (int64_t first = 0; first < n_classes; first += kRowBlock) {
-    const int64_t n = std::min(kRowBlock, n_classes - first);
-    const T* x = widened(logits + first, n, x_buffer);
-    const T max = max_of(x, n);
+  for (int64_t first = 0, n; first < n_classes; first += n) {
+    n = block_size(first, n_classes);
+    const T* x;
+    const T max = widen_and_find_max(logits + first, n, x_buffer, x);
     if (first == 0) {
       sums.max = max;
     } else if (max > sums.max) {

@@ -26,9 +26,15 @@ FASTOPT_HD T fold_lanes(T* lanes, F f) {
 // Sums of terms, by lane: of a few in the compute type, of all in double.
 template <class T, int64_t kN = kLanes>
 struct LaneSums {
-  alignas(64) T few[kN] = {};
-  alignas(64) double all[kN] = {};
+  alignas(64) T few[kN];
+  alignas(64) double all[kN];
 
+  FASTOPT_HD LaneSums() {
+#pragma omp simd
+    for (int64_t l = 0; l < kN; ++l) few[l] = 0;
+#pragma omp simd
+    for (int64_t l = 0; l < kN; ++l) all[l] = 0;
+  }
   FASTOPT_HD void flush() {
 #pragma omp simd
     for (int64_t l = 0; l < kN; ++l) {
@@ -87,23 +93,6 @@ double sum_of(int64_t n, F&& f) {
     sum.add(fold_lanes(lanes, [](double a, double b) { return a + b; }));
   }
   return sum.total();
-}
-
-// The lowest finite number if there is no larger one: -inf - -inf would not be a number.
-template <class T>
-FASTOPT_HD T max_of(const T* x, int64_t n) {
-  alignas(64) T running[kLanes];  // which stays in registers
-  for (int64_t l = 0; l < kLanes; ++l) running[l] = std::numeric_limits<T>::lowest();
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) running[l] = x[i + l] > running[l] ? x[i + l] : running[l];
-  }
-  alignas(64) T lanes[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) lanes[l] = running[l];
-#pragma omp simd
-  for (int64_t l = 0; l < n - i; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-  return fold_lanes(lanes, [](T a, T b) { return b > a ? b : a; });
 }
 
 }  // namespace fastopt::cpu
