@@ -26,7 +26,7 @@ constexpr int64_t kMaxRun = 512;
 // Columns of more classes are copied into rows; so are those of an image of so few positions with more classes than
 // short tiles take: one tile's lanes would not be full, and two threads would have one task.
 constexpr int64_t kMaxTileClasses = 4096;
-constexpr int64_t kMinTilePositions = 48, kMaxShortTileClasses = 128;
+constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 128;
 
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 
