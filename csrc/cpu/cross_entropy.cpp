@@ -20,6 +20,7 @@ namespace {
 // Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one.
 // Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
 constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
+static_assert(kMaxNarrowClasses >= kLanes && kMaxNarrowDoubles >= kLanes, "a row has at least kLanes classes");
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kMaxRun = 512;

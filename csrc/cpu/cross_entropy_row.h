@@ -106,8 +106,11 @@ FASTOPT_HD compute_t<S> widen_and_find_max(const S* from, int64_t n, compute_t<S
       running[l] = value > running[l] ? value : running[l];
     }
   });
-  if constexpr (std::is_same_v<S, T>) x = from;
-  else x = buffer;
+  if constexpr (std::is_same_v<S, T>) {
+    x = from;
+  } else {
+    x = buffer;
+  }
   return fold_lanes(running, [](T a, T b) { return b > a ? b : a; });
 }
 
