@@ -77,6 +77,26 @@ def test_a_factor_that_comes_again_costs_no_kernel(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sum_divided_by_its_count_costs_no_kernel(dtype):
+    """Though the count, of the targets that are not ignored, changes with each batch."""
+    x, target = logits_and_target((64, 1000), dtype)
+    wide = x.detach().double().requires_grad_()
+    for i, n_ignored in enumerate((5, 11, 0, 23, 1)):
+        some = target.clone()
+        some[:n_ignored] = -100
+        n_kept = int((some != -100).sum())
+        before = kernel_calls("cross_entropy")
+        (found,) = torch.autograd.grad(cross_entropy(x, some, reduction="sum") / n_kept, x)
+        assert kernel_calls("cross_entropy") == before + (2 if i == 0 else 1)
+        (theirs,) = torch.autograd.grad(F.cross_entropy(x, some, reduction="sum") / n_kept, x)
+        (truth,) = torch.autograd.grad(F.cross_entropy(wide, some, reduction="sum") / n_kept, wide)
+        assert_no_worse(found, theirs, truth)
+    everything_ignored = torch.full_like(target, -100)
+    (found,) = torch.autograd.grad(cross_entropy(x, everything_ignored, reduction="sum"), x)
+    assert not found.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_retained_graph_takes_another_factor_each_time(dtype):
     x, target = logits_and_target((64, 100), dtype)
     truth = gradient(F.cross_entropy, x.detach().double().requires_grad_(), target, 1.0)
@@ -102,6 +122,28 @@ def test_overwritten_logits_do_not_change_the_gradient(dtype):
             logits.add_(1)
         (found,) = torch.autograd.grad(loss, logits, torch.tensor(factor, dtype=dtype))
         assert error(found, expected) <= 2 * torch.finfo(dtype).eps * factor
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("retains", [False, True])
+def test_logits_that_were_overwritten_unseen_give_no_other_gradient(retains, factor, dtype):
+    """Through .data, or as NumPy's array: the gradient is right, or there is an error."""
+    x, target = logits_and_target((64, 100), dtype)
+    gradient(cross_entropy, x, target, 1.0)
+    expected = gradient(F.cross_entropy, x, target, factor)
+    logits = x.clone()
+    loss = cross_entropy(logits, target)
+    logits.data.mul_(0.9)
+
+    def backward():
+        return torch.autograd.grad(loss * factor, logits, retain_graph=retains)[0]
+
+    if factor == 1.0 or retains:
+        assert error(backward(), expected) <= 4 * torch.finfo(dtype).eps
+    else:
+        with pytest.raises(RuntimeError, match="changed between a cross-entropy and its backward"):
+            backward()
 
 
 def test_hooks_for_saved_tensors_are_asked_once():

@@ -14,6 +14,7 @@
 #include "torch/cross_entropy_kernel.h"
 #include "torch/cross_entropy_node.h"
 #include "torch/kept_gradient.h"
+#include "torch/loss_factor.h"
 #include "torch/operators.h"
 #include "torch/scale_gradient.h"
 
@@ -33,11 +34,11 @@ std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                   double label_smoothing, bool wants_grad, bool in_float32) {
   check_reduction(reduction);
-  auto [loss, grad] =
+  auto [loss, gradient] =
       cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing, in_float32},
                            memory_for(wants_grad));
-  if (!grad.defined()) grad = at::empty({0}, input.options().requires_grad(false));
-  return {loss, grad};
+  if (!gradient.grad.defined()) gradient.grad = at::empty({0}, input.options().requires_grad(false));
+  return {loss, gradient.grad};
 }
 
 at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
@@ -51,9 +52,8 @@ std::tuple<at::Tensor, at::Tensor> keep_kernel(const at::Tensor& input, const at
   check_reduction(reduction);
   const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
                                         ignore_index, label_smoothing, in_float32};
-  const double factor = foreseen_factor(arguments);
-  auto [loss, grad] = cross_entropy_kernel(arguments, GradientMemory::kFresh, factor);
-  return {loss, keep_gradient(std::move(grad), factor)};
+  auto [loss, gradient] = cross_entropy_kernel(arguments, GradientMemory::kFresh, foreseen_factor(arguments));
+  return {loss, keep_gradient(std::move(gradient))};
 }
 
 at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, const at::Tensor& input,
@@ -61,8 +61,7 @@ at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, 
                        double label_smoothing, bool in_float32) {
   const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
                                         ignore_index, label_smoothing, in_float32};
-  auto kept = take_gradient(keeper);
-  return finished_gradient(arguments, grad_output, kept ? kept->grad : at::Tensor(), kept ? kept->factor : 1);
+  return finished_gradient(arguments, grad_output, take_gradient(keeper));
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
@@ -116,13 +115,13 @@ at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, con
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_plain && number) {
       const auto memory = memory_for(wants_grad && !is_in_place);
-      if (memory != GradientMemory::kNone) left.factor = foreseen_factor(arguments);
-      std::tie(loss, left.grad) =
-          cross_entropy_kernel(arguments, memory, left.factor, is_in_place ? &left.totals : nullptr);
+      const auto factor = memory != GradientMemory::kNone ? foreseen_factor(arguments) : LossFactor{};
+      std::tie(loss, left.gradient) =
+          cross_entropy_kernel(arguments, memory, factor, is_in_place ? &left.totals : nullptr);
     } else if (wants_grad && is_for_cpu_kernels(input)) {
       std::tie(loss, left.keeper) = call_keep(arguments, ignore_index);
     } else {
-      std::tie(loss, left.grad) =
+      std::tie(loss, left.gradient.grad) =
           call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad, in_float32);
     }
   }
@@ -146,7 +145,7 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
   if (!kernel_takes(arguments)) {
     return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
   }
-  return std::get<0>(cross_entropy_kernel(arguments, GradientMemory::kNone));
+  return cross_entropy_kernel(arguments, GradientMemory::kNone).first;
 }
 
 // Under autocast losses compute in float32, as torch's does. Calls f with the arguments as they are then: as they were,

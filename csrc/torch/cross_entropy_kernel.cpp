@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
+#include <cmath>        // fabs
 #include <limits>       // numeric_limits
 #include <type_traits>  // conditional_t
 
@@ -133,8 +134,19 @@ bool kernel_takes(const CrossEntropyArguments& a) {
          (!a.weight || backend_of(*a.weight) == backend) && fits_kernel(a);
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
-                                                        double factor, at::Tensor* totals, at::Tensor into) {
+double LossFactor::of(double denominator, at::ScalarType loss_dtype) const {
+  if (!is_mean) return number;
+  const double exact = 1 / denominator;
+  if (!(std::fabs(exact) >= kMinLossFactor)) return 1;
+  if (loss_dtype == at::kDouble) return exact;
+  const auto single = static_cast<float>(exact);
+  if (loss_dtype == at::kBFloat16) return static_cast<float>(c10::BFloat16(single));
+  if (loss_dtype == at::kHalf) return static_cast<float>(c10::Half(single));
+  return single;
+}
+
+std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArguments& a, GradientMemory memory,
+                                                         LossFactor given_factor, at::Tensor* totals, at::Tensor into) {
   TORCH_CHECK(kernel_takes(a), "fastopt::cross_entropy_forward: shapes, dtypes or devices do not fit a kernel");
   check_backed(a.input, "input");
   check_backed(a.target, "target");
@@ -202,7 +214,7 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   const auto loss_sizes = positions_of(a.input.sizes(), a.input.strides()).sizes;
   if (is_cuda) {
     ++kernel_calls().cross_entropy;
-    return {cross_entropy_cuda(a, problem, loss_sizes), grad};
+    return {cross_entropy_cuda(a, problem, loss_sizes), {grad}};
   }
   if (a.weight && has_indices && a.label_smoothing != 0) {  // else a weight that is not finite would reach every row
     problem.weight_sum = cpu::sum_weights(problem);
@@ -219,10 +231,10 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   }
   // 0 / 0, whatever is smoothed over other classes.
   if (denominator == 0) denominator = std::numeric_limits<double>::quiet_NaN();
-  problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
-
   auto options = a.input.options().requires_grad(false);
   if (a.in_float32) options = options.dtype(at::kFloat);
+  const double factor = given_factor.of(denominator, c10::typeMetaToScalarType(options.dtype()));
+  problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
   if (totals && !grad.defined() && cpu::has_totals(*layout, problem.dtype)) {
     *totals = at::empty({n_positions, sizeof(RowTotals)}, options.dtype(at::kByte));
   }
@@ -237,14 +249,14 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArgume
   TORCH_CHECK_INDEX(cpu::cross_entropy(problem, threads, &sum),
                     "A target was changed to one that is out of bounds while the loss was computed.");
   if (!is_known && is_reduced) {
-    if (a.reduction == at::Reduction::Mean) sum /= denominator;
+    const double value = a.reduction == at::Reduction::Mean ? sum / denominator : sum;
     with_stored_type(a.in_float32 ? DType::kFloat32 : problem.dtype, [&](auto stored) {
       using L = decltype(stored);
-      store(*static_cast<L*>(loss.mutable_data_ptr()), static_cast<compute_t<L>>(sum));
+      store(*static_cast<L*>(loss.mutable_data_ptr()), static_cast<compute_t<L>>(value));
     });
   }
   ++kernel_calls().cross_entropy;
-  return {loss, grad};
+  return {loss, {grad, factor, denominator, sum}};
 }
 
 }  // namespace fastopt

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
+#include <utility>  // pair
 
 namespace fastopt {
 
@@ -28,16 +28,33 @@ bool kernel_takes(const CrossEntropyArguments& arguments);
 // Where a gradient goes: nowhere, into memory of its own, or over the logits.
 enum class GradientMemory : int8_t { kNone, kFresh, kLogits };
 
-// Loss, and `factor` times the gradient of the reduced loss with respect to input if wanted (undefined if not); of each
-// row's own loss for reduction none; `factor` is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input,
-// so that a large factor may follow. Over the logits it goes only where they can be walked as they lie, as float16 on
-// the CPU only. Raises IndexError for a target that is not a class.
+// What the gradient of a loss is multiplied by where it is written: not less than this in size, for it may have to be
+// divided by it again.
+constexpr double kMinLossFactor = 0x1p-40;
+struct LossFactor {
+  double number = 1;
+  bool is_mean = false;  // of a sum that will be divided by what a mean is divided by: then not the number
+
+  double of(double denominator, at::ScalarType loss_dtype) const;  // 1 / denominator as autograd rounds it
+};
+
+struct LossGradient {
+  at::Tensor grad;         // undefined if it is not wanted
+  double factor = 1;       // by which it is multiplied
+  double denominator = 1;  // of the mean; on the CPU
+  double loss_sum = 0;     // unrounded, on the CPU: the same bits of the same logits
+};
+
+// Loss, and the gradient of the reduced loss with respect to input if wanted, multiplied by the factor; of each row's
+// own loss for reduction none; the factor is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input, so
+// that a large factor may follow. Over the logits it goes only where they can be walked as they lie, as float16 on the
+// CPU only. Raises IndexError for a target that is not a class.
 //
 // Loss first and gradient later, of the same logits: `totals` given without a gradient take what the gradient needs of
 // each row, where the kernel finds it; given back with one, they spare it the search, and the loss is undefined.
 // `into`: memory for the gradient that has its layout, in place of fresh memory; taken if defined.
-std::tuple<at::Tensor, at::Tensor> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
-                                                        double factor = 1, at::Tensor* totals = nullptr,
-                                                        at::Tensor into = {});
+std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
+                                                         LossFactor factor = {}, at::Tensor* totals = nullptr,
+                                                         at::Tensor into = {});
 
 }  // namespace fastopt

@@ -1,6 +1,5 @@
 #include "torch/cross_entropy_node.h"
 
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/alias.h>
@@ -17,6 +16,7 @@
 
 #include <mutex>
 #include <type_traits>  // is_same_v
+#include <utility>      // exchange
 
 #include "torch/context.h"
 #include "torch/loss_factor.h"
@@ -27,20 +27,6 @@ namespace {
 
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-LossFactors& loss_factors() {
-  static LossFactors factors;
-  return factors;
-}
-
-// Losses that a program multiplies by the same number, as far as can be told.
-uint64_t kind_of(const CrossEntropyArguments& a) {
-  const int64_t n_classes = a.input.size(a.input.dim() > 1 ? 1 : 0);
-  return static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(a.input.scalar_type()) % 16 * 4 +
-         static_cast<uint64_t>(a.reduction) + 1;
-}
-
-bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
   static const auto op = c10::Dispatcher::singleton()
@@ -56,9 +42,9 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
 // The mutex is held while something is unpacked only: what is computed from it may run hooks, and those this backward.
 struct CrossEntropyBackward final : torch::autograd::Node {
   SavedVariable grad, keeper, input, target, weight;
-  double factor = 1;  // by which `grad` is multiplied already
-  uint64_t kind = 0;  // of the loss, for its next factor
-  at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
+  LossGradient computed;  // what is known of `grad`
+  uint64_t kind = 0;      // of the loss, for its next factor
+  at::Tensor totals;      // of the rows, for a gradient in place; undefined where the kernel finds none
   int64_t reduction = 0;
   c10::SymInt ignore_index = 0;
   double label_smoothing = 0;
@@ -111,7 +97,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     if (is_traced) return {call_backward(left(), saved, logits)};
     const auto number = backend_of(saved) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
     if (!number) return {scale_gradient(saved, left(), dtype, may_reuse)};
-    loss_factors().remember(kind, *number);
+    remember_factor(kind, *number, computed, reduction, loss_dtype());
     if (*number != known && !has_hooks && reduction != at::Reduction::None) {
       at::Tensor anew = computed_anew(*number, may_reuse ? saved : at::Tensor());
       if (anew.defined()) return {scale_gradient(anew, 1.0, dtype, /*may_reuse=*/true)};
@@ -126,7 +112,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     args.collect(reduction);
     args.collect(ignore_index);
     args.collect(label_smoothing);
-    args.collect(factor);
+    args.collect(computed.factor);
     args.collect(in_float32);
     args.collect(dtype);
     args.collect(is_plain);
@@ -177,6 +163,8 @@ struct CrossEntropyBackward final : torch::autograd::Node {
                    label_smoothing, in_float32);
   }
 
+  at::ScalarType loss_dtype() const { return in_float32 ? at::kFloat : dtype; }
+
   CrossEntropyArguments kernel_arguments(const Arguments& saved) const {
     return {saved.input,     saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(),
             label_smoothing, in_float32};
@@ -189,7 +177,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     const auto number = backend_of(logits) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
     // float16 must be multiplied before it is rounded.
     const auto memory = number || dtype != at::kHalf ? GradientMemory::kLogits : GradientMemory::kFresh;
-    auto grad = std::get<1>(cross_entropy_kernel(kernel_arguments(saved), memory, number.value_or(1), &totals));
+    auto grad = cross_entropy_kernel(kernel_arguments(saved), memory, {number.value_or(1)}, &totals).second.grad;
     if (!number) grad = scale_gradient(grad, grad_output, grad.scalar_type(), /*may_reuse=*/true);
     if (grad.data_ptr() != logits.data_ptr()) grad = logits.alias().copy_(grad);
     torch::autograd::increment_version(logits);
@@ -210,7 +198,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
           is_gradient_gone_ = true;
           may_reuse = saved.use_count() == 1 && saved.storage().use_count() == 1;
         }
-        return {saved, factor};
+        return {saved, computed.factor};
       }
     }
     const Arguments saved = unpacked_arguments();
@@ -220,9 +208,8 @@ struct CrossEntropyBackward final : torch::autograd::Node {
             1.0};
   }
 
-  // The gradient with another factor than the foreseen one, into memory that nobody needs, if it is given. Undefined if
-  // the logits have been overwritten, as they may be.
-  at::Tensor computed_anew(double other_factor, at::Tensor into) {
+  // Undefined if the logits have been overwritten, as they may be.
+  at::Tensor computed_anew(double factor, at::Tensor into) {
     Arguments saved;
     try {
       saved = unpacked_arguments();
@@ -231,8 +218,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     }
     const CrossEntropyArguments arguments = kernel_arguments(saved);
     if (backend_of(saved.input) != Backend::kCpu || !kernel_takes(arguments)) return {};
-    return std::get<1>(
-        cross_entropy_kernel(arguments, GradientMemory::kFresh, other_factor, /*totals=*/nullptr, std::move(into)));
+    return fastopt::computed_anew(arguments, factor, computed.loss_sum, std::move(into));
   }
 
   // Of torch's own composite, so that any further derivative exists. Of an alias of the logits, whose own hooks run
@@ -296,35 +282,12 @@ std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& a, c10
                  std::move(ignore_index), a.label_smoothing, a.in_float32);
 }
 
-at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output, at::Tensor grad,
-                             double factor) {
-  check_backed(grad_output, "grad_output");
-  const auto number = repeated_number_in(grad_output);
-  const auto dtype = arguments.input.scalar_type();
-  if (number) loss_factors().remember(kind_of(arguments), *number);
-  const bool is_reduced = arguments.reduction != at::Reduction::None;
-  if (!grad.defined() || (is_reduced && number && *number != factor)) {
-    factor = is_reduced ? number.value_or(1) : 1;
-    grad = std::get<1>(
-        cross_entropy_kernel(arguments, GradientMemory::kFresh, factor, /*totals=*/nullptr, std::move(grad)));
-  }
-  if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);
-  return scale_gradient(grad, factor == 1 ? grad_output : at::div(grad_output, factor), dtype, /*may_reuse=*/true);
-}
-
-double foreseen_factor(const CrossEntropyArguments& arguments) {
-  // Losses of each position have factors of their own: then there is nothing to foresee.
-  const bool is_reduced = arguments.reduction != at::Reduction::None;
-  return is_reduced && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
-             ? loss_factors().foreseen(kind_of(arguments))
-             : 1;
-}
-
 void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
                           ForBackward left) {
   auto node = make_node<decltype(torch::autograd::Edge::function)>();
   node->set_next_edges(torch::autograd::collect_next_edges(arguments.input));
-  node->grad = SavedVariable(left.grad, /*is_output=*/false);
+  node->grad = SavedVariable(std::exchange(left.gradient.grad, {}), /*is_output=*/false);
+  node->computed = left.gradient;
   node->keeper = SavedVariable(left.keeper, false);
   node->is_kept = left.keeper.defined();
   node->input = SavedVariable(arguments.input, false);
@@ -339,7 +302,6 @@ void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& a
   node->is_plain = left.is_plain;
   if (left.is_plain) node->kind = kind_of(arguments);
   node->is_in_place = left.is_in_place;
-  node->factor = left.factor;
   node->totals = std::move(left.totals);
   torch::autograd::set_history(loss, node);
 }

@@ -29,24 +29,15 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
 
 // Whatever a loss has left for its backward.
 struct ForBackward {
-  at::Tensor grad;    // computed with the loss, or undefined
-  double factor = 1;  // by which it is multiplied already
-  at::Tensor keeper;  // holds the gradient, in a traced program
-  at::Tensor totals;  // of the rows, for a gradient in place; undefined where the kernel finds none
-  bool is_plain;      // the loss was computed on an ordinary tensor, not on a traced one
-  bool is_in_place;   // the gradient will be computed in the backward, over the logits
+  LossGradient gradient;  // computed with the loss, or undefined
+  at::Tensor keeper;      // holds the gradient, in a traced program
+  at::Tensor totals;      // of the rows, for a gradient in place; undefined where the kernel finds none
+  bool is_plain;          // the loss was computed on an ordinary tensor, not on a traced one
+  bool is_in_place;       // the gradient will be computed in the backward, over the logits
 };
 
 // The operator that keeps the gradient, through the dispatcher.
 std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& arguments, c10::SymInt ignore_index);
-
-// The gradient of a loss whose own gradient is grad_output, from the gradient of the same loss that is multiplied by
-// `factor` already and that nobody else holds, if there is one.
-at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output, at::Tensor grad,
-                             double factor);
-
-// The factor that the gradient of this loss may be computed with, on the CPU, of an ordinary tensor.
-double foreseen_factor(const CrossEntropyArguments& arguments);
 
 // Makes loss a function of the arguments' input.
 void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,

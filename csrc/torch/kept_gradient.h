@@ -7,18 +7,14 @@
 
 #include <optional>
 
+#include "torch/cross_entropy_kernel.h"
+
 namespace fastopt {
 
-// A tensor of one byte that holds a gradient, multiplied by `factor` already, in its memory's context. What copies the
-// byte does not copy the gradient.
-at::Tensor keep_gradient(at::Tensor grad, double factor);
-
-struct KeptGradient {
-  at::Tensor grad;
-  double factor;
-};
+// A tensor of one byte that holds a gradient in its memory's context. What copies the byte does not copy the gradient.
+at::Tensor keep_gradient(LossGradient gradient);
 
 // The gradient, which the tensor then holds no longer; nothing if it holds none.
-std::optional<KeptGradient> take_gradient(const at::Tensor& keeper);
+std::optional<LossGradient> take_gradient(const at::Tensor& keeper);
 
 }  // namespace fastopt

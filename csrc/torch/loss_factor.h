@@ -2,39 +2,31 @@
 // each loss by the same number. Known beforehand, it costs nothing where the gradient is written.
 #pragma once
 
-#include <array>
-#include <cmath>  // fabs
-#include <cstdint>
-#include <mutex>
+#include <optional>
+
+#include "torch/cross_entropy_kernel.h"
 
 namespace fastopt {
 
-// The factor that the last loss of the same kind had; 1 at first. A gradient is the same whether its factor was
-// foreseen or not, for another factor than the foreseen one computes it anew.
-class LossFactors {
- public:
-  // Of losses that are alike in this number.
-  double foreseen(uint64_t kind) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Entry& entry = entry_of(kind);
-    return entry.kind == kind ? entry.factor : 1;
-  }
-  void remember(uint64_t kind, double factor) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    // The gradient may have to be divided by it again.
-    const bool is_plain = std::fabs(factor) >= 0x1p-40 && std::fabs(factor) <= 0x1p40;
-    entry_of(kind) = {kind, is_plain ? factor : 1};
-  }
+// Of losses that a program multiplies by the same number, as far as can be told.
+uint64_t kind_of(const CrossEntropyArguments& arguments);
 
- private:
-  struct Entry {
-    uint64_t kind = 0;
-    double factor = 1;
-  };
-  Entry& entry_of(uint64_t kind) { return entries_[kind % entries_.size()]; }
+bool has_saved_tensor_hooks();
 
-  std::array<Entry, 61> entries_;
-  std::mutex mutex_;
-};
+// The factor that the last loss of the same kind had, and 1 at first, for the gradient of this one: on the CPU, of an
+// ordinary tensor. A gradient is the same whether its factor was foreseen or not, for another factor than the foreseen
+// one computes it anew.
+LossFactor foreseen_factor(const CrossEntropyArguments& arguments);
+void remember_factor(uint64_t kind, double number, const LossGradient& gradient, int64_t reduction,
+                     at::ScalarType loss_dtype);
+
+// The gradient with another factor than it was computed with, into memory that nobody needs, if it is given. Undefined
+// if the logits are not what they were.
+at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, double loss_sum, at::Tensor into);
+
+// The gradient of a loss whose own gradient is grad_output, from the one that was computed with the loss and that
+// nobody else holds, if it was.
+at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output,
+                             std::optional<LossGradient> computed);
 
 }  // namespace fastopt

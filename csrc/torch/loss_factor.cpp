@@ -1,0 +1,109 @@
+#include "torch/loss_factor.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/div.h>
+
+#include <array>
+#include <cmath>  // fabs
+#include <mutex>
+#include <utility>  // move
+
+#include "torch/context.h"
+#include "torch/scale_gradient.h"
+
+namespace fastopt {
+namespace {
+
+class LossFactors {
+ public:
+  // Of losses that are alike in this number.
+  LossFactor foreseen(uint64_t kind) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Entry& entry = entry_of(kind);
+    return entry.kind == kind ? entry.factor : LossFactor{};
+  }
+  void remember(uint64_t kind, LossFactor factor) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const double size = std::fabs(factor.number);
+    entry_of(kind) = {kind, size >= kMinLossFactor && size <= 1 / kMinLossFactor ? factor : LossFactor{}};
+  }
+
+ private:
+  struct Entry {
+    uint64_t kind = 0;
+    LossFactor factor;
+  };
+  Entry& entry_of(uint64_t kind) { return entries_[kind % entries_.size()]; }
+
+  std::array<Entry, 61> entries_;
+  std::mutex mutex_;
+};
+
+LossFactors& loss_factors() {
+  static LossFactors factors;
+  return factors;
+}
+
+}  // namespace
+
+uint64_t kind_of(const CrossEntropyArguments& a) {
+  const int64_t n_classes = a.input.size(a.input.dim() > 1 ? 1 : 0);
+  return static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(a.input.scalar_type()) % 16 * 4 +
+         static_cast<uint64_t>(a.reduction) + 1;
+}
+
+bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+LossFactor foreseen_factor(const CrossEntropyArguments& arguments) {
+  // Losses of each position have factors of their own: then there is nothing to foresee.
+  const bool is_reduced = arguments.reduction != at::Reduction::None;
+  return is_reduced && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
+             ? loss_factors().foreseen(kind_of(arguments))
+             : LossFactor{};
+}
+
+void remember_factor(uint64_t kind, double number, const LossGradient& gradient, int64_t reduction,
+                     at::ScalarType loss_dtype) {
+  LossFactor factor{number};
+  constexpr LossFactor kMean{1, true};
+  if (reduction == at::Reduction::Sum && number == kMean.of(gradient.denominator, loss_dtype)) factor = kMean;
+  loss_factors().remember(kind, factor);
+}
+
+at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, double loss_sum, at::Tensor into) {
+  if (!is_backed(arguments.input)) return {};
+  const bool is_given = into.defined();
+  const LossGradient found =
+      cross_entropy_kernel(arguments, GradientMemory::kFresh, {factor}, /*totals=*/nullptr, std::move(into)).second;
+  if (found.loss_sum == loss_sum || (found.loss_sum != found.loss_sum && loss_sum != loss_sum)) return found.grad;
+  TORCH_CHECK(!is_given,
+              "fastopt: logits or target were changed between a cross-entropy and its backward, and not so that "
+              "autograd could see it (through .data, or as another library's memory)");
+  return {};
+}
+
+at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output,
+                             std::optional<LossGradient> computed) {
+  check_backed(grad_output, "grad_output");
+  const auto number = repeated_number_in(grad_output);
+  const auto dtype = arguments.input.scalar_type();
+  const bool is_reduced = arguments.reduction != at::Reduction::None;
+  if (!computed) {
+    const LossFactor wanted{is_reduced ? number.value_or(1) : 1};
+    computed = cross_entropy_kernel(arguments, GradientMemory::kFresh, wanted).second;
+  }
+  auto& [grad, factor, denominator, loss_sum] = *computed;
+  if (number) {
+    const auto loss_dtype = arguments.in_float32 ? at::kFloat : dtype;
+    remember_factor(kind_of(arguments), *number, *computed, arguments.reduction, loss_dtype);
+  }
+  if (is_reduced && number && *number != factor) {
+    check_backed(arguments.input, "input");
+    grad = computed_anew(arguments, *number, loss_sum, std::move(grad));
+    factor = *number;
+  }
+  if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);
+  return scale_gradient(grad, factor == 1 ? grad_output : at::div(grad_output, factor), dtype, /*may_reuse=*/true);
+}
+
+}  // namespace fastopt
