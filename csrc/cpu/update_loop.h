@@ -43,22 +43,55 @@ FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64
   }
 }
 
+// Elements that are updated together: few enough for the first-level cache, where they are widened, and enough for a
+// vector of any instruction set.
+constexpr int64_t kBlock = 64;
+// Bytes of each array that lie between what is updated and what is fetched. A processor by itself fetches ahead within
+// a page only: so it is a page. Where arithmetic does not hold up memory, the processor does as well by itself.
+constexpr int64_t kFetchAhead = 4096;
 template <class Rule, class S>
-FASTOPT_CLONES void update_arrays(const Arrays<S>& arrays, const void* rule_bytes, int64_t n) {
+constexpr bool kIsFetched = Rule::kDivides || sizeof(S) < sizeof(float);
+
+template <class S>
+FASTOPT_HD void fetch_block(const S* block) {
+  for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(block + i);
+}
+
+// Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left.
+template <class Rule, class S, class F>
+FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
+  constexpr int64_t kAhead = kFetchAhead / sizeof(S);
+  for (; n >= kBlock; n -= kBlock) {
+    if (kIsFetched<Rule, S> && n >= kAhead + kBlock) {
+      fetch_block(arrays.param + kAhead);
+      fetch_block(arrays.grad + kAhead);
+      for (int s = 0; s < Rule::kStates; ++s) fetch_block(arrays.state[s] + kAhead);
+    }
+    f();
+    arrays.param += kBlock;
+    arrays.grad += kBlock;
+    for (int s = 0; s < Rule::kStates; ++s) arrays.state[s] += kBlock;
+  }
+}
+
+template <class Rule, class S>
+FASTOPT_HD void update_all(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
   const Rule rule = *static_cast<const Rule*>(rule_bytes);
+  for_blocks<Rule>(arrays, n, [&]() __attribute__((always_inline)) { update_elements(arrays, rule, kBlock); });
   update_elements(arrays, rule, n);
+}
+
+template <class Rule, class S>
+FASTOPT_CLONES void update_arrays(const Arrays<S>& arrays, const void* rule, int64_t n) {
+  update_all<Rule>(arrays, rule, n);
 }
 
 #if defined(FASTOPT_TARGET_V3)
 // Where a processor has no instructions for a 16-bit type; one that has them gets the loops below.
 template <class Rule, class S>
-void update_baseline(const Arrays<S>& arrays, const void* rule_bytes, int64_t n) {
-  const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  update_elements(arrays, rule, n);
+void update_baseline(const Arrays<S>& arrays, const void* rule, int64_t n) {
+  update_all<Rule>(arrays, rule, n);
 }
-
-// Elements of 16 bits that are widened together: in the first-level cache, and so few that the next are read meanwhile.
-constexpr int64_t kBlock = 64;
 
 template <class Rule, class Conversion, class S>
 FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
@@ -78,12 +111,7 @@ FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
 template <class Rule, class Conversion, class S>
 FASTOPT_HD void update_by_blocks(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
   const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  for (; n >= kBlock; n -= kBlock) {
-    update_block<Rule, Conversion>(arrays, rule);
-    arrays.param += kBlock;
-    arrays.grad += kBlock;
-    for (int s = 0; s < Rule::kStates; ++s) arrays.state[s] += kBlock;
-  }
+  for_blocks<Rule>(arrays, n, [&]() __attribute__((always_inline)) { update_block<Rule, Conversion>(arrays, rule); });
   if (n == 0) return;
   // A block that begins with what is left.
   S param[kBlock] = {}, grad[kBlock] = {}, states[kMaxStates][kBlock] = {};

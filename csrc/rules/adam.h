@@ -20,6 +20,7 @@ struct Adam {
   using Real = T;
   using Options = AdamOptions;
   static constexpr int kStates = 2 + kAmsgrad;
+  static constexpr bool kDivides = true;
   static constexpr int kConstants = 10;
   T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
 

@@ -18,6 +18,7 @@ struct RmsProp {
   using Real = T;
   using Options = RmsPropOptions;
   static constexpr int kStates = 1 + kMomentum + kCentered;
+  static constexpr bool kDivides = true;
   static constexpr int kConstants = 7;
   T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign;
 

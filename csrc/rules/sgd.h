@@ -16,6 +16,7 @@ struct Sgd {
   using Real = T;
   using Options = SgdOptions;
   static constexpr int kStates = 0;
+  static constexpr bool kDivides = false;
   static constexpr int kConstants = 3;
   T lr, weight_decay, sign;
 
@@ -37,6 +38,7 @@ struct SgdMomentum {
   using Real = T;
   using Options = SgdOptions;
   static constexpr int kStates = 1;
+  static constexpr bool kDivides = false;
   static constexpr int kConstants = 6;
   T lr, weight_decay, sign, momentum, grad_scale, is_first;  // is_first: 1 or 0
 
