@@ -43,29 +43,26 @@ FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64
   }
 }
 
-// Elements that are updated together: few enough for the first-level cache, where they are widened, and enough for a
-// vector of any instruction set.
-constexpr int64_t kBlock = 64;
 // Bytes of each array that lie between what is updated and what is fetched. A processor by itself fetches ahead within
 // a page only: so it is a page. Where arithmetic does not hold up memory, the processor does as well by itself.
 constexpr int64_t kFetchAhead = 4096;
 template <class Rule, class S>
 constexpr bool kIsFetched = Rule::kDivides || sizeof(S) < sizeof(float);
 
-template <class S>
+template <int64_t kBlock, class S>
 FASTOPT_HD void fetch_block(const S* block) {
   for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(block + i);
 }
 
 // Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left.
-template <class Rule, class S, class F>
+template <class Rule, int64_t kBlock, class S, class F>
 FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
   constexpr int64_t kAhead = kFetchAhead / sizeof(S);
   for (; n >= kBlock; n -= kBlock) {
     if (kIsFetched<Rule, S> && n >= kAhead + kBlock) {
-      fetch_block(arrays.param + kAhead);
-      fetch_block(arrays.grad + kAhead);
-      for (int s = 0; s < Rule::kStates; ++s) fetch_block(arrays.state[s] + kAhead);
+      fetch_block<kBlock>(arrays.param + kAhead);
+      fetch_block<kBlock>(arrays.grad + kAhead);
+      for (int s = 0; s < Rule::kStates; ++s) fetch_block<kBlock>(arrays.state[s] + kAhead);
     }
     f();
     arrays.param += kBlock;
@@ -74,10 +71,16 @@ FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
   }
 }
 
+// Elements between which memory is fetched: more, and their loop would wait for it; fewer, and there would be none.
+constexpr int64_t kFetchedTogether = 128;
+
 template <class Rule, class S>
 FASTOPT_HD void update_all(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
   const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  for_blocks<Rule>(arrays, n, [&]() __attribute__((always_inline)) { update_elements(arrays, rule, kBlock); });
+  if constexpr (kIsFetched<Rule, S>) {
+    for_blocks<Rule, kFetchedTogether>(
+        arrays, n, [&]() __attribute__((always_inline)) { update_elements(arrays, rule, kFetchedTogether); });
+  }
   update_elements(arrays, rule, n);
 }
 
@@ -92,6 +95,9 @@ template <class Rule, class S>
 void update_baseline(const Arrays<S>& arrays, const void* rule, int64_t n) {
   update_all<Rule>(arrays, rule, n);
 }
+
+// Elements of 16 bits that are widened together: in the first-level cache, and so few that the next are read meanwhile.
+constexpr int64_t kBlock = 64;
 
 template <class Rule, class Conversion, class S>
 FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
@@ -111,7 +117,8 @@ FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
 template <class Rule, class Conversion, class S>
 FASTOPT_HD void update_by_blocks(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
   const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  for_blocks<Rule>(arrays, n, [&]() __attribute__((always_inline)) { update_block<Rule, Conversion>(arrays, rule); });
+  for_blocks<Rule, kBlock>(arrays, n,
+                           [&]() __attribute__((always_inline)) { update_block<Rule, Conversion>(arrays, rule); });
   if (n == 0) return;
   // A block that begins with what is left.
   S param[kBlock] = {}, grad[kBlock] = {}, states[kMaxStates][kBlock] = {};
