@@ -85,6 +85,20 @@ def check_factors(compiled):
             assert_no_worse(found, reference, truth * factor)
 
 
+def test_logits_that_a_backward_computes_anew_take_any_factor():
+    """A program keeps what its logits came from, and computes them twice."""
+
+    def loss_of(x, target):
+        return cross_entropy(torch.sin(x) * 3 + x.exp(), target)
+
+    compiled = torch.compile(loss_of, fullgraph=True)
+    x, target = logits_and_target()
+    for factor in (1.0, 0.5, 0.3, 7.0):
+        (found,) = torch.autograd.grad(compiled(x, target) * factor, x)
+        (reference,) = torch.autograd.grad(loss_of(x, target) * factor, x)
+        torch.testing.assert_close(found, reference)
+
+
 def test_two_losses_of_the_same_logits_have_gradients_of_their_own():
     compiled = torch.compile(lambda x, target: cross_entropy(x, target) + 2 * cross_entropy(x, target), fullgraph=True)
     x, target = logits_and_target()

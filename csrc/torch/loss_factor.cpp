@@ -4,7 +4,7 @@
 #include <ATen/ops/div.h>
 
 #include <array>
-#include <cmath>  // fabs
+#include <cmath>  // fabs, isnan
 #include <mutex>
 #include <utility>  // move
 
@@ -70,12 +70,15 @@ void remember_factor(uint64_t kind, double number, const LossGradient& gradient,
   loss_factors().remember(kind, factor);
 }
 
-at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, double loss_sum, at::Tensor into) {
+at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, std::optional<double> loss_sum,
+                         at::Tensor into) {
   if (!is_backed(arguments.input)) return {};
   const bool is_given = into.defined();
   const LossGradient found =
       cross_entropy_kernel(arguments, GradientMemory::kFresh, {factor}, /*totals=*/nullptr, std::move(into)).second;
-  if (found.loss_sum == loss_sum || (found.loss_sum != found.loss_sum && loss_sum != loss_sum)) return found.grad;
+  if (!loss_sum || found.loss_sum == *loss_sum || (std::isnan(found.loss_sum) && std::isnan(*loss_sum))) {
+    return found.grad;
+  }
   TORCH_CHECK(!is_given,
               "fastopt: logits or target were changed between a cross-entropy and its backward, and not so that "
               "autograd could see it (through .data, or as another library's memory)");
@@ -92,14 +95,16 @@ at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::T
     const LossFactor wanted{is_reduced ? number.value_or(1) : 1};
     computed = cross_entropy_kernel(arguments, GradientMemory::kFresh, wanted).second;
   }
-  auto& [grad, factor, denominator, loss_sum] = *computed;
+  at::Tensor& grad = computed->grad;
+  double& factor = computed->factor;
   if (number) {
     const auto loss_dtype = arguments.in_float32 ? at::kFloat : dtype;
     remember_factor(kind_of(arguments), *number, *computed, arguments.reduction, loss_dtype);
   }
   if (is_reduced && number && *number != factor) {
     check_backed(arguments.input, "input");
-    grad = computed_anew(arguments, *number, loss_sum, std::move(grad));
+    // A compiled program does not overwrite its logits; it may compute them anew, and not to the last bit.
+    grad = computed_anew(arguments, *number, /*loss_sum=*/std::nullopt, std::move(grad));
     factor = *number;
   }
   if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);

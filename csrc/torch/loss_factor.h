@@ -20,9 +20,10 @@ LossFactor foreseen_factor(const CrossEntropyArguments& arguments);
 void remember_factor(uint64_t kind, double number, const LossGradient& gradient, int64_t reduction,
                      at::ScalarType loss_dtype);
 
-// The gradient with another factor than it was computed with, into memory that nobody needs, if it is given. Undefined
-// if the logits are not what they were.
-at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, double loss_sum, at::Tensor into);
+// The gradient with another factor than it was computed with, into memory that nobody needs, if it is given. loss_sum:
+// of the loss that was computed with it, if the logits must be the same; undefined if they are not.
+at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, std::optional<double> loss_sum,
+                         at::Tensor into);
 
 // The gradient of a loss whose own gradient is grad_output, from the one that was computed with the loss and that
 // nobody else holds, if it was.
