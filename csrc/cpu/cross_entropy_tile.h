@@ -105,6 +105,23 @@ FASTOPT_HD void find_max(const Tile<T>& tile, T* result) {
   for (int64_t j = 0; j < kWidth; ++j) result[j] = max[j];
 }
 
+// Gradients of ignored positions, whose logits may be no numbers.
+template <int64_t kWidth, class T>
+FASTOPT_HD void zero_ignored(const Tile<T>& tile, const int64_t* is_kept) {
+  T kept[kWidth];  // as wide as the numbers beside it
+  int64_t n_kept = 0;
+  for (int64_t j = 0; j < kWidth; ++j) {
+    kept[j] = static_cast<T>(is_kept[j]);
+    n_kept += is_kept[j];
+  }
+  if (n_kept == kWidth) return;
+  for (int64_t c = 0; c < tile.n_classes; ++c) {
+    T* values = tile.values + c * tile.stride;
+#pragma omp simd
+    for (int64_t j = 0; j < kWidth; ++j) values[j] = kept[j] != 0 ? values[j] : T(0);
+  }
+}
+
 // Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile; the losses' sum.
 template <class T, TargetKind kTarget, bool kWantsGrad, int64_t kWidth>
 FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
@@ -183,10 +200,8 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
     const double value =
         target_gradient<T, kTarget>(target_exp[j], exact_factor[j], grad_scale, terms, on[j], targets[j]);
     tile.values[targets[j] * tile.stride + j] = static_cast<T>(value);
-    if (!is_kept[j]) {
-      for (int64_t c = 0; c < tile.n_classes; ++c) tile.values[c * tile.stride + j] = 0;
-    }
   }
+  if constexpr (kHasTarget) zero_ignored<kWidth>(tile, is_kept);
   return sum;
 }
 
