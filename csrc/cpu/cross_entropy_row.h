@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>  // min
+#include <limits>     // numeric_limits
 
 #include "cpu/isa.h"
 #include "cpu/lanes.h"

@@ -3,7 +3,6 @@
 
 #include <algorithm>    // min
 #include <cmath>        // fabs
-#include <limits>       // numeric_limits
 #include <type_traits>  // conditional_t
 
 #include "common.h"

@@ -45,7 +45,7 @@ FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64
 
 // Bytes of each array that lie between what is updated and what is fetched. A processor by itself fetches ahead within
 // a page only: so it is a page. Where arithmetic does not hold up memory, the processor does as well by itself.
-constexpr int64_t kFetchAhead = 4096;
+constexpr int64_t kBytesAhead = 4096;
 template <class Rule, class S>
 constexpr bool kIsFetched = Rule::kDivides || sizeof(S) < sizeof(float);
 
@@ -57,7 +57,7 @@ FASTOPT_HD void fetch_block(const S* block) {
 // Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left.
 template <class Rule, int64_t kBlock, class S, class F>
 FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
-  constexpr int64_t kAhead = kFetchAhead / sizeof(S);
+  constexpr int64_t kAhead = kBytesAhead / sizeof(S);
   for (; n >= kBlock; n -= kBlock) {
     if (kIsFetched<Rule, S> && n >= kAhead + kBlock) {
       fetch_block<kBlock>(arrays.param + kAhead);
