@@ -51,6 +51,7 @@ def running_on(name):
         if CXX is None:
             pytest.skip("the shim needs g++")
         _native.module().load_host_shim(str(shim_library()))
+        torch.set_default_device("cpu")  # as a GPU's tests set theirs
     elif name == CUDA:
         assert _native.cuda(), _native.info()["cuda"]
         torch.set_default_device("cuda")
@@ -61,7 +62,7 @@ def running_on(name):
         _current = CPU
         if name == SHIM_DEVICE:
             _native.module().load_host_shim("")
-        elif name == CUDA:
+        if name != CPU:
             torch.set_default_device(None)
 
 

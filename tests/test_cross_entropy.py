@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, kernel_calls, threads
+from common import DTYPES, HALVES, assert_no_worse, kernel_calls, threads, to_device
 from loss_cases import KINDS, LOGITS, OPTIONS, Logits, Options, loss_and_grad, make_values, slack_of, truth_of
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
@@ -124,7 +124,7 @@ def test_ignored_rows_give_exactly_zero_whatever_they_hold(logits, dtype, option
 def test_the_order_of_classes_does_not_matter(logits, options):
     x = make_values(logits.sizes, torch.float64)
     target, arguments = target_and_options(logits, options)
-    order = torch.randperm(logits.n_classes, generator=torch.Generator().manual_seed(3))
+    order = to_device(torch.randperm(logits.n_classes, generator=torch.Generator().manual_seed(3), device="cpu"))
     loss, grad = loss_and_grad(cross_entropy, x, target, **arguments)
     if arguments["weight"] is not None:
         arguments["weight"] = arguments["weight"][order]

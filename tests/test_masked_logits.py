@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import devices
 import fastopt
-from common import DTYPES
+from common import DTYPES, to_device
 from loss_cases import loss_and_grad, make_values, truth_of
 from test_properties import N_EXAMPLES, assert_as_exact, drawn
 
@@ -50,20 +50,20 @@ def masked_rows(draw):
     for i, begin in enumerate(range(0, n_classes, width)):
         if masks[i % len(masks)] is not None:
             masked = x[:, begin : begin + width]
-            values = torch.tensor(mask_values(MASKS[masks[i % len(masks)]], dtype), dtype=dtype)
-            which = torch.randint(len(values), masked.shape, generator=torch.Generator().manual_seed(seed + i))
-            masked.copy_(values[which])
+            values = torch.tensor(mask_values(MASKS[masks[i % len(masks)]], dtype), dtype=dtype, device="cpu")
+            generator = torch.Generator().manual_seed(seed + i)
+            masked.copy_(values[torch.randint(len(values), masked.shape, generator=generator, device="cpu")])
     generator = torch.Generator().manual_seed(seed + 1)
     options = {"reduction": draw(st.sampled_from(["mean", "none"]))}
     if draw(st.booleans()):
-        options["weight"] = (torch.randint(1, 5, (n_classes,), generator=generator) / 4).to(dtype)
+        options["weight"] = to_device(torch.randint(1, 5, (n_classes,), generator=generator, device="cpu") / 4).to(dtype)
     if draw(st.booleans()):
         # A masked class has no probability, or every loss is infinite or huge.
-        y = torch.where(x > -1e3, torch.rand(x.shape, generator=generator), 0.0).to(dtype)
+        y = torch.where(x > -1e3, to_device(torch.rand(x.shape, generator=generator, device="cpu")), 0.0).to(dtype)
         target = torch.where(y.sum(1, keepdim=True) > 0, y / y.sum(1, keepdim=True).clamp_min(1e-3), y)
     else:
         # A masked target's loss is so large that no other error shows beside it.
-        target = torch.where(x > -1e3, torch.rand(x.shape, generator=generator), 0.0).argmax(1)
+        target = torch.where(x > -1e3, to_device(torch.rand(x.shape, generator=generator, device="cpu")), 0.0).argmax(1)
         options["label_smoothing"] = draw(st.sampled_from([0.0, 0.0, 0.1]))
         if dtype == torch.float64 and (x == torch.finfo(dtype).min).any():
             options["label_smoothing"] = 0.0  # torch's sum of such logits overflows, so it is no truth

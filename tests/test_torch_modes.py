@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastopt
-from common import is_native
+from common import is_native, kernel_calls
 from optim_helpers import CONFIGURATIONS, assert_same, attempt, seen
 
 cross_entropy = fastopt.functional.cross_entropy
@@ -270,3 +270,25 @@ def test_the_profiler_sees_the_loss_and_its_backward():
         assert {"fastopt::cross_entropy", "CrossEntropyBackward"} <= names
     else:
         assert {"aten::cross_entropy_loss", "NllLossBackward0"} <= names
+
+
+# --- A default device -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_default_device_keeps_the_kernels(place):
+    """It concerns new tensors only."""
+    optimizers = [getattr(fastopt, name)([torch.nn.Parameter(X.clone())], **options) for name, options in CONFIGURATIONS]
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["params"][0].grad = X.clone()
+        optimizer.step()  # makes its states, on the default device
+    losses, steps = kernel_calls("cross_entropy"), kernel_calls("update")
+    with torch.device(place):
+        loss = cross_entropy(X.clone().requires_grad_(), T)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert loss.device == X.device
+    assert kernel_calls("cross_entropy") == losses + 1
+    assert kernel_calls("update") == steps + len(optimizers)

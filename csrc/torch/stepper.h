@@ -220,7 +220,9 @@ class Stepper {
         return refuse("a step is not a number");
       }
       if (step->is_inference()) return refuse("a step was made in inference mode");
-      if (is_cuda && group.wants_device_steps && backend_of(*step) == Backend::kCuda) {
+      // A default device places steps too, whatever the options.
+      const bool is_on_device = group.wants_device_steps || !is_plain_cpu(*step);
+      if (is_cuda && is_on_device && backend_of(*step) == Backend::kCuda) {
         if (step->device() != param.device()) return refuse("a step is on another device");
         step_on_device = step;
       } else {

@@ -174,7 +174,8 @@ def _overridden(
 @torch.jit.unused
 def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
     """Whether a subclass or a mode overrides torch's functions; the default device concerns new tensors only."""
-    return bool(_get_overloaded_args((input, target, weight))) or any(
+    # torch counts plain tensors too.
+    return any(type(tensor) is not Tensor for tensor in _get_overloaded_args((input, target, weight))) or any(
         type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()
     )
 
