@@ -220,7 +220,9 @@ def test_autocast_keeps_the_option(dtype, cache):
     calls = kernel_calls("cross_entropy")
     theirs = train(F.cross_entropy)
     assert kernel_calls("cross_entropy") == calls
-    torch.testing.assert_close([loss, *grads], list(theirs[:3]))
+    # On CUDA torch takes the logarithms of the softmax in the logits' dtype, also under autocast.
+    unit = torch.finfo(dtype).eps if devices.current() == devices.CUDA else 0
+    torch.testing.assert_close([loss, *grads], list(theirs[:3]), rtol=max(1.3e-6, unit), atol=max(1e-5, unit / 8))
     is_copied = dtype != torch.float32 and devices.is_gpu()
     assert torch.equal(logits, before) == is_copied
 

@@ -56,7 +56,8 @@ def masked_rows(draw):
     generator = torch.Generator().manual_seed(seed + 1)
     options = {"reduction": draw(st.sampled_from(["mean", "none"]))}
     if draw(st.booleans()):
-        options["weight"] = to_device(torch.randint(1, 5, (n_classes,), generator=generator, device="cpu") / 4).to(dtype)
+        weight = torch.randint(1, 5, (n_classes,), generator=generator, device="cpu") / 4
+        options["weight"] = to_device(weight).to(dtype)
     if draw(st.booleans()):
         # A masked class has no probability, or every loss is infinite or huge.
         y = torch.where(x > -1e3, to_device(torch.rand(x.shape, generator=generator, device="cpu")), 0.0).to(dtype)

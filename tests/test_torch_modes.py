@@ -279,10 +279,12 @@ def test_the_profiler_sees_the_loss_and_its_backward():
 @pytest.mark.parametrize("place", ["cpu", "meta"])
 def test_a_default_device_keeps_the_kernels(place):
     """It concerns new tensors only."""
-    optimizers = [getattr(fastopt, name)([torch.nn.Parameter(X.clone())], **options) for name, options in CONFIGURATIONS]
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["params"][0].grad = X.clone()
-        optimizer.step()  # makes its states, on the default device
+    optimizers = []
+    for name, options in CONFIGURATIONS:
+        param = torch.nn.Parameter(X.clone())
+        param.grad = X.clone()
+        optimizers.append(getattr(fastopt, name)([param], **options))
+        optimizers[-1].step()  # makes its states
     losses, steps = kernel_calls("cross_entropy"), kernel_calls("update")
     with torch.device(place):
         loss = cross_entropy(X.clone().requires_grad_(), T)

@@ -63,8 +63,9 @@ int plan_call(const CrossEntropy& call, CrossEntropyPlan* plan) {
   } else if (n_classes >= kMinSplitClasses && n_positions < n_multiprocessors) {
     plan->road = Road::kSplitRows;
     plan->n_threads = kSplitThreads;
-    plan->n_splits = static_cast<int>(std::min(
-        {divide_up(n_classes, kMinClassesPerSplit), divide_up(2 * n_multiprocessors, n_positions), kMaxSplits}));
+    // No more blocks than two to a multiprocessor: those beyond would run alone, when all others are done.
+    plan->n_splits = static_cast<int>(
+        std::min({divide_up(n_classes, kMinClassesPerSplit), 2 * n_multiprocessors / n_positions, kMaxSplits}));
     n_blocks = n_positions * plan->n_splits;
   } else {
     plan->road = Road::kBlockRows;

@@ -37,26 +37,34 @@ __device__ __forceinline__ compute_t<S> give_up_row(const Stretch<S>& stretch, R
 }
 
 // Loss and the gradient's constants, from the sums of a whole row.
-template <class S, bool kIsIndex, class A>
+template <class S, bool kIsUniform, class A>
 __device__ __forceinline__ GradientOf<compute_t<S>> finish_row(const CrossEntropyProblem& p, const Scene<S>& scene,
                                                                RowSums<A> sums, int64_t target, A target_logit,
                                                                compute_t<S>& loss) {
   using T = compute_t<S>;
   const TargetTerms<T>& terms = scene.spread.terms;
   const bool has_target = p.target != nullptr;
+  const bool has_spread = scene.spread.kind != TargetKind::kIndex;
+  const A uniform = kIsUniform && has_spread ? static_cast<A>(terms.off) : A(0);
+  if (kIsUniform) sums.qx_sum *= uniform;
   A on = 0;
   if (has_target) {
     on = static_cast<A>(terms.on);
     if (terms.weight) on *= terms.weight[target];
-    sums.q_sum = kIsIndex ? A(0) : static_cast<A>(terms.spread_sum);
+    sums.q_sum = has_spread ? static_cast<A>(terms.spread_sum) : A(0);
   }
-  loss = static_cast<T>(row_loss<A>(sums, std::log(sums.exp_sum), on, target_logit, has_target, !kIsIndex));
+  loss = static_cast<T>(row_loss<A>(sums, std::log(sums.exp_sum), on, target_logit, has_target, has_spread));
   const A factor = scene.scale * (sums.q_sum + on) / sums.exp_sum;
-  return {static_cast<T>(sums.max), static_cast<T>(factor), scene.scale, static_cast<T>(on), has_target ? target : -1};
+  return {static_cast<T>(sums.max),
+          static_cast<T>(factor),
+          scene.scale,
+          static_cast<T>(on),
+          static_cast<T>(scene.scale * uniform),
+          has_target ? target : -1};
 }
 
 // One row by one group. The loss is right in rank 0.
-template <class S, bool kIsIndex, class Group>
+template <class S, bool kIsUniform, class Group>
 __device__ __forceinline__ compute_t<S> do_row(const CrossEntropyWork& work, const Scene<S>& scene, int64_t row,
                                                S* stage) {
   using T = compute_t<S>;
@@ -71,17 +79,17 @@ __device__ __forceinline__ compute_t<S> do_row(const CrossEntropyWork& work, con
   }
   T target_logit = 0;
   if (p.target && Group::rank() == 0) target_logit = load(stretch.logits[target]);
-  const RowSums<T> sums = merge<kIsIndex, Group>(sum_stretch<S, kIsIndex, Group>(stretch, scene.spread));
+  const RowSums<T> sums = merge<Group>(sum_stretch<S, kIsUniform, Group>(stretch, scene.spread), scene.spread);
   T loss;
-  const GradientOf<T> of = finish_row<S, kIsIndex, T>(p, scene, sums, target, target_logit, loss);
+  const GradientOf<T> of = finish_row<S, kIsUniform, T>(p, scene, sums, target, target_logit, loss);
   if (stretch.grad) {
     Group::sync();  // the gradient may lie over the logits
-    write_gradient<S, kIsIndex, Group>(stretch, scene.spread, of);
+    write_gradient<S, kIsUniform, Group>(stretch, scene.spread, of);
   }
   return loss;
 }
 
-template <class S, bool kIsIndex, bool kIsBlock>
+template <class S, bool kIsUniform, bool kIsBlock>
 __device__ __forceinline__ void do_rows(const CrossEntropyWork& work) {
   using Threads = Group<kIsBlock>;
   FASTOPT_DYNAMIC_SHARED(shared);
@@ -94,7 +102,7 @@ __device__ __forceinline__ void do_rows(const CrossEntropyWork& work) {
   double losses = 0;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * groups_per_block + own_group; row < p.logits_layout.n_outer;
        row += n_groups) {
-    const compute_t<S> loss = do_row<S, kIsIndex, Threads>(work, scene, row, stage);
+    const compute_t<S> loss = do_row<S, kIsUniform, Threads>(work, scene, row, stage);
     if (Threads::rank() == 0) {
       losses += loss;
       if (p.losses) store(static_cast<S*>(p.losses)[row], loss);
@@ -104,23 +112,23 @@ __device__ __forceinline__ void do_rows(const CrossEntropyWork& work) {
 }
 
 // Kernels that do with fewer registers, so that more blocks share a multiprocessor.
-template <class S, bool kIsIndex>
-constexpr bool is_light = kIsIndex && sizeof(S) < 8;
+template <class S, bool kIsUniform>
+constexpr bool is_light = kIsUniform && sizeof(S) < 8;
 
 constexpr int kWarpRowsThreads = 256;
 
-template <class S, bool kIsIndex>
-__global__ void __launch_bounds__(kWarpRowsThreads, is_light<S, kIsIndex> ? 3 : 2)
+template <class S, bool kIsUniform>
+__global__ void __launch_bounds__(kWarpRowsThreads, is_light<S, kIsUniform> ? 3 : 2)
     cross_entropy_warp_rows(const __grid_constant__ CrossEntropyWork work) {
-  do_rows<S, kIsIndex, false>(work);
+  do_rows<S, kIsUniform, false>(work);
 }
 
 constexpr int kMaxBlockRowsThreads = 512;
 
-template <class S, bool kIsIndex>
-__global__ void __launch_bounds__(kMaxBlockRowsThreads, is_light<S, kIsIndex> ? 2 : 1)
+template <class S, bool kIsUniform>
+__global__ void __launch_bounds__(kMaxBlockRowsThreads, is_light<S, kIsUniform> ? 2 : 1)
     cross_entropy_block_rows(const __grid_constant__ CrossEntropyWork work) {
-  do_rows<S, kIsIndex, true>(work);
+  do_rows<S, kIsUniform, true>(work);
 }
 
 // --- Few wide rows: several blocks to a row, in two launches --------------------------------------------------------
@@ -141,7 +149,7 @@ __device__ __forceinline__ Split split_of(const CrossEntropyWork& work) {
   return {static_cast<int64_t>(blockIdx.x / work.n_splits), first, end - first, index};
 }
 
-template <class S, bool kIsIndex>
+template <class S, bool kIsUniform>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     cross_entropy_split_sums(const __grid_constant__ CrossEntropyWork work) {
   using Block = Group<true>;
@@ -152,7 +160,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   if (fate_of(p, target) != RowFate::kKept) return;
   const Scene<S> scene = set_scene<S>(work);
   const Stretch<S> stretch = stretch_of<S>(p, split.row, split.first, split.n);
-  RowPart<T> part{merge<kIsIndex, Block>(sum_stretch<S, kIsIndex, Block>(stretch, scene.spread)), T(0)};
+  RowPart<T> part{merge<Block>(sum_stretch<S, kIsUniform, Block>(stretch, scene.spread), scene.spread), T(0)};
   if (threadIdx.x != 0) return;
   if (target >= split.first && target < split.first + split.n) {
     part.target_logit = load(stretch.logits[target - split.first]);
@@ -160,7 +168,7 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
   static_cast<RowPart<T>*>(work.parts)[blockIdx.x] = part;
 }
 
-template <class S, bool kIsIndex>
+template <class S, bool kIsUniform>
 __global__ void __launch_bounds__(kSplitThreads, 1)
     cross_entropy_split_rows(const __grid_constant__ CrossEntropyWork work) {
   using Block = Group<true>;
@@ -184,10 +192,10 @@ __global__ void __launch_bounds__(kSplitThreads, 1)
       add(sums, parts[i].sums);
       target_logit += parts[i].target_logit;  // of one part; the others hold 0
     }
-    sums = merge<kIsIndex, Warp>(sums);
+    sums = merge<Warp>(sums, scene.spread);
     target_logit = Warp::sum(target_logit);
-    const GradientOf<T> of = finish_row<S, kIsIndex, T>(p, scene, sums, target, target_logit, loss);
-    if (stretch.grad) write_gradient<S, kIsIndex, Block>(stretch, scene.spread, of);
+    const GradientOf<T> of = finish_row<S, kIsUniform, T>(p, scene, sums, target, target_logit, loss);
+    if (stretch.grad) write_gradient<S, kIsUniform, Block>(stretch, scene.spread, of);
   }
   const bool is_first = threadIdx.x == 0 && split.index == 0;
   if (is_first && p.losses) store(static_cast<S*>(p.losses)[split.row], loss);

@@ -18,17 +18,25 @@ int launch_kernel(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cu
   return cudaGetLastError();
 }
 
-template <class S, bool kIsIndex>
+template <class S>
+int launch_positions(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
+  if (work.problem.kind() == TargetKind::kIndex) {
+    return launch_kernel<cross_entropy_positions<S, true>>(plan, work, stream);
+  }
+  return launch_kernel<cross_entropy_positions<S, false>>(plan, work, stream);
+}
+
+template <class S, bool kIsUniform>
 int launch_rows(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
   switch (plan.road) {
-    case Road::kPositions: return launch_kernel<cross_entropy_positions<S, kIsIndex>>(plan, work, stream);
-    case Road::kWarpRows: return launch_kernel<cross_entropy_warp_rows<S, kIsIndex>>(plan, work, stream);
-    case Road::kBlockRows: return launch_kernel<cross_entropy_block_rows<S, kIsIndex>>(plan, work, stream);
+    case Road::kPositions: return launch_positions<S>(plan, work, stream);
+    case Road::kWarpRows: return launch_kernel<cross_entropy_warp_rows<S, kIsUniform>>(plan, work, stream);
+    case Road::kBlockRows: return launch_kernel<cross_entropy_block_rows<S, kIsUniform>>(plan, work, stream);
     case Road::kSplitRows: break;
   }
-  const int error = launch_kernel<cross_entropy_split_sums<S, kIsIndex>>(plan, work, stream);
+  const int error = launch_kernel<cross_entropy_split_sums<S, kIsUniform>>(plan, work, stream);
   if (error != cudaSuccess) return error;
-  return launch_kernel<cross_entropy_split_rows<S, kIsIndex>>(plan, work, stream);
+  return launch_kernel<cross_entropy_split_rows<S, kIsUniform>>(plan, work, stream);
 }
 
 template <class S>
@@ -41,7 +49,7 @@ int launch_cross_entropy(const CrossEntropyPlan& plan, const CrossEntropyWork& w
     FASTOPT_LAUNCH(prepare_kernel<S>, 1, kPrepareThreads, 0, stream, work);
     if (const int error = cudaGetLastError()) return error;
   }
-  if (work.problem.kind() == TargetKind::kIndex) return launch_rows<S, true>(plan, work, stream);
+  if (work.problem.kind() <= TargetKind::kIndexUniform) return launch_rows<S, true>(plan, work, stream);
   return launch_rows<S, false>(plan, work, stream);
 }
 

@@ -8,9 +8,12 @@
 
 namespace fastopt::cuda {
 
+// kIsUniform, of the rows' kernels: q is the same number for every class but the target, 0 or what label smoothing
+// spreads. The sums are then those of q = 1 until a row is finished.
+
 // Packs a thread has in flight: what registers hold.
-template <class S, bool kIsIndex>
-constexpr int kPacksInFlight = kIsIndex && sizeof(S) < 8 ? 4 : 2;
+template <class S, bool kIsUniform>
+constexpr int kPacksInFlight = kIsUniform && sizeof(S) < 8 ? 4 : 2;
 
 template <class S>
 __device__ __forceinline__ compute_t<S> exp_of(compute_t<S> x) {
@@ -41,8 +44,9 @@ struct Stretch {
     return before < n ? before : n;
   }
 
-  // Calls f(first, values) for packs of this thread, first an index into the stretch, values an array
-  // [packs][elements]. All threads divide the same stretch in the same way each time, also when `from` is the stage.
+  // Calls f(first, values, n) for packs of this thread, first an index into the stretch, values an array
+  // [packs][elements] of which the first n count. All threads divide the same stretch in the same way each time, also
+  // when `from` is the stage.
   template <class Group, int kPacks, class F>
   __device__ __forceinline__ void for_each(const S* from, F&& f) const {
     const int rank = Group::rank(), size = Group::size();
@@ -51,30 +55,26 @@ struct Stretch {
     const int64_t after = before + n_packs * kVector;
     const auto single = [&](int64_t i) {
       const S value[1][1] = {{from[i]}};
-      f(&i, value);
+      f(&i, value, 1);
     };
     if (rank < before) single(rank);
     const S* body = from + before;
-    int64_t pack = rank;
-    for (; pack + (kPacks - 1) * size < n_packs; pack += kPacks * size) {
+    const auto round = [&](int64_t pack, int n_there) {
       S values[kPacks][kVector];
       int64_t first[kPacks];
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
-        const int64_t offset = (pack + p * size) * kVector;
+        // In place of a pack beyond the last, one that is there: loads that depend on nothing start together.
+        const int64_t offset = (pack + (p < n_there ? p : 0) * size) * kVector;
         first[p] = before + offset;
         const auto loaded = Pack<S, kVector>::load(body + offset);
         memcpy(values[p], loaded.values, sizeof(loaded.values));
       }
-      f(first, values);
-    }
-    for (; pack < n_packs; pack += size) {
-      const int64_t first = before + pack * kVector;
-      S values[1][kVector];
-      const auto loaded = Pack<S, kVector>::load(from + first);
-      memcpy(values[0], loaded.values, sizeof(loaded.values));
-      f(&first, values);
-    }
+      f(first, values, n_there);
+    };
+    int64_t pack = rank;
+    for (; pack + (kPacks - 1) * size < n_packs; pack += kPacks * size) round(pack, kPacks);
+    if (pack < n_packs) round(pack, static_cast<int>((n_packs - pack + size - 1) / size));
     if (after + rank < n) single(after + rank);
   }
 };
@@ -124,21 +124,21 @@ __device__ __forceinline__ void store_like(S* to, bool has_same_boundaries, cons
 }
 
 // This thread's part of the sums over a stretch.
-template <class S, bool kIsIndex, class Group>
+template <class S, bool kIsUniform, class Group>
 __device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& stretch,
                                                              const Spread<compute_t<S>>& spread) {
   using T = compute_t<S>;
   RowSums<T> sums{std::numeric_limits<T>::lowest()};
   const bool has_same_boundaries =
-      !kIsIndex && stretch.probabilities && is_aligned(stretch.probabilities + stretch.n_before_boundary());
-  stretch.template for_each<Group, kPacksInFlight<S, kIsIndex>>(
-      stretch.logits, [&](const int64_t* first, const auto& values) {
+      !kIsUniform && stretch.probabilities && is_aligned(stretch.probabilities + stretch.n_before_boundary());
+  stretch.template for_each<Group, kPacksInFlight<S, kIsUniform>>(
+      stretch.logits, [&](const int64_t* first, const auto& values, int n_packs) {
         constexpr int kPacks = sizeof(values) / sizeof(values[0]);
         constexpr int kN = sizeof(values[0]) / sizeof(S);
         T max = load(values[0][0]);
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
-          if (stretch.stage) store_like(stretch.stage + first[p], true, values[p]);
+          if (stretch.stage && p < n_packs) store_like(stretch.stage + first[p], true, values[p]);
 #pragma unroll
           for (int k = 0; k < kN; ++k) {
             const T x = load(values[p][k]);
@@ -148,21 +148,25 @@ __device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& s
         if (max > sums.max) sums.rebase(max);
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
+          if (p >= n_packs) break;
           [[maybe_unused]] S probabilities[kN];
-          if constexpr (!kIsIndex) {
+          if constexpr (!kIsUniform) {
             if (stretch.probabilities) load_like(stretch.probabilities + first[p], has_same_boundaries, probabilities);
           }
 #pragma unroll
           for (int k = 0; k < kN; ++k) {
             const T shifted = load(values[p][k]) - sums.max;
             sums.exp_sum += exp_of<S>(shifted);
-            if constexpr (!kIsIndex) {
+            if constexpr (kIsUniform) {
+              sums.qx_sum += shifted;
+            } else {
               const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
               const T q = spread.q(stretch.first_class + first[p] + k, probability);
               sums.q_sum += q;
               sums.qx_sum += q * shifted;
             }
           }
+          if constexpr (kIsUniform) sums.q_sum += T(kN);
         }
       });
   return sums;
@@ -180,40 +184,42 @@ __device__ __forceinline__ void add(RowSums<A>& to, RowSums<A> from) {
 }
 
 // The group's sums from those of its threads.
-template <bool kIsIndex, class Group, class T>
-__device__ __forceinline__ RowSums<T> merge(RowSums<T> sums) {
+template <class Group, class T>
+__device__ __forceinline__ RowSums<T> merge(RowSums<T> sums, const Spread<T>& spread) {
   sums.rebase(Group::max(sums.max));
   sums.exp_sum = Group::sum(sums.exp_sum);
-  if constexpr (!kIsIndex) {
+  if (spread.kind != TargetKind::kIndex) {
     sums.q_sum = Group::sum(sums.q_sum);
     sums.qx_sum = Group::sum(sums.qx_sum);
   }
   return sums;
 }
 
-// What turns a row's logits into its gradient: factor exp(x - max) - scale q.
+// What turns a row's logits into its gradient: factor exp(x - max) - scale q. `uniform` is scale q where that is the
+// same for all classes.
 template <class T>
 struct GradientOf {
-  T max, factor, scale, on;
+  T max, factor, scale, on, uniform;
   int64_t target;  // -1: none
 };
 
-template <class S, bool kIsIndex, class Group>
+template <class S, bool kIsUniform, class Group>
 __device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const Spread<compute_t<S>>& spread,
                                                const GradientOf<compute_t<S>>& of) {
   using T = compute_t<S>;
   using G = gradient_t<S>;
   const int64_t before = stretch.n_before_boundary();
   const bool aligned_grad = is_aligned(stretch.grad + before);
-  const bool aligned_probabilities = !kIsIndex && stretch.probabilities && is_aligned(stretch.probabilities + before);
+  const bool aligned_probabilities = !kIsUniform && stretch.probabilities && is_aligned(stretch.probabilities + before);
   const T on = of.scale * of.on;
-  const auto write = [&](const int64_t* first, const auto& values) {
+  const auto write = [&](const int64_t* first, const auto& values, int n_packs) {
     constexpr int kPacks = sizeof(values) / sizeof(values[0]);
     constexpr int kN = sizeof(values[0]) / sizeof(S);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
+      if (p >= n_packs) break;
       [[maybe_unused]] S probabilities[kN];
-      if constexpr (!kIsIndex) {
+      if constexpr (!kIsUniform) {
         if (stretch.probabilities) load_like(stretch.probabilities + first[p], aligned_probabilities, probabilities);
       }
       const int64_t to_target = of.target - stretch.first_class - first[p];
@@ -221,8 +227,8 @@ __device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const 
       G grads[kN];
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        T value = of.factor * exp_of<S>(load(values[p][k]) - of.max);
-        if constexpr (!kIsIndex) {
+        T value = of.factor * exp_of<S>(load(values[p][k]) - of.max) - of.uniform;
+        if constexpr (!kIsUniform) {
           const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
           value -= of.scale * spread.q(stretch.first_class + first[p] + k, probability);
         }
@@ -232,7 +238,8 @@ __device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const 
       store_like(stretch.grad + first[p], aligned_grad, grads);
     }
   };
-  stretch.template for_each<Group, kPacksInFlight<S, kIsIndex>>(stretch.stage ? stretch.stage : stretch.logits, write);
+  stretch.template for_each<Group, kPacksInFlight<S, kIsUniform>>(stretch.stage ? stretch.stage : stretch.logits,
+                                                                  write);
 }
 
 // A row that has no target (0), or a bad one (NaN).

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/eq.h>
 
 #include "torch/cuda_library.h"
 
@@ -31,6 +32,11 @@ at::Tensor cross_entropy_cuda(const CrossEntropyArguments& a, const CrossEntropy
   if (bytes > 0) call.workspace = workspace.mutable_data_ptr();
   error = cuda_library().cross_entropy(call, device.stream());
   if (error != 0) check_cuda(error, what(), a.input.device());
+  // torch's mean over the one target of logits without a batch is 0 on CUDA if that is ignored; on the CPU it is NaN.
+  const bool is_unbatched = a.input.dim() == 1 && problem.target && a.label_smoothing == 0;
+  if (a.input.is_cuda() && is_unbatched && call.reduction == cuda::Reduction::kMean) {
+    loss.masked_fill_(a.target.eq(a.ignore_index), 0);
+  }
   ++kernel_calls().cuda;
   return loss;
 }
