@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "a pack too far",
         "cross_entropy_row.cuh",
-        "for (; pack < n_packs; pack += size)",
-        "for (; pack <= n_packs; pack += size)",
+        "(n_packs - pack + size - 1) / size",
+        "(n_packs - pack + size) / size",
         LOSS,
     ),
     Mutant(
