@@ -101,6 +101,21 @@ def test_the_first_blocks_of_a_row_may_be_masked(dtype, mask, n_masked):
                 assert_as_exact(own, other, truth)
 
 
+@pytest.mark.parametrize("sizes", [(9, 100), (9, 1100), (5, 4099), (2, 20_001)], ids=str)
+@pytest.mark.parametrize("mask", ["lowest", "-1e38"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_smoothing_over_masked_classes_overflows_no_sooner_than_in_torch(dtype, mask, sizes):
+    """Their sum is beyond the largest number long before their mean is."""
+    x = make_values(sizes, dtype, scale=1.0)
+    x[:, ::3] = mask_values(MASKS[mask], dtype)[0]
+    target = torch.arange(sizes[0]) * 3 + 1
+    for reduction in ("mean", "none"):
+        options = {"label_smoothing": 0.1, "reduction": reduction}
+        ours, theirs = (loss_and_grad(function, x, target, **options) for function in (cross_entropy, F.cross_entropy))
+        for own, other, truth in zip(ours, theirs, truth_of(F.cross_entropy, x, target, **options), strict=True):
+            assert_as_exact(own, other, truth)
+
+
 def test_a_row_whose_first_half_is_the_lowest_number():
     """The mask that most attention and sampling code uses, first in the row."""
     x = make_values((1, 4096), scale=1.0)

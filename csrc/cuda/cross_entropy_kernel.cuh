@@ -46,7 +46,6 @@ __device__ __forceinline__ GradientOf<compute_t<S>> finish_row(const CrossEntrop
   const bool has_target = p.target != nullptr;
   const bool has_spread = scene.spread.kind != TargetKind::kIndex;
   const A uniform = kIsUniform && has_spread ? static_cast<A>(terms.off) : A(0);
-  if (kIsUniform) sums.qx_sum *= uniform;
   A on = 0;
   if (has_target) {
     on = static_cast<A>(terms.on);

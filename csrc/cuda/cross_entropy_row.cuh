@@ -9,7 +9,7 @@
 namespace fastopt::cuda {
 
 // kIsUniform, of the rows' kernels: q is the same number for every class but the target, 0 or what label smoothing
-// spreads. The sums are then those of q = 1 until a row is finished.
+// spreads.
 
 // Packs a thread has in flight: what registers hold.
 template <class S, bool kIsUniform>
@@ -158,7 +158,7 @@ __device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& s
             const T shifted = load(values[p][k]) - sums.max;
             sums.exp_sum += exp_of<S>(shifted);
             if constexpr (kIsUniform) {
-              sums.qx_sum += shifted;
+              sums.qx_sum += spread.terms.off * shifted;  // not multiplied later: a sum of masked logits may overflow
             } else {
               const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
               const T q = spread.q(stretch.first_class + first[p] + k, probability);
@@ -166,7 +166,7 @@ __device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& s
               sums.qx_sum += q * shifted;
             }
           }
-          if constexpr (kIsUniform) sums.q_sum += T(kN);
+          if constexpr (kIsUniform) sums.q_sum += spread.terms.off * T(kN);
         }
       });
   return sums;
