@@ -11,6 +11,7 @@ import torch
 import fastopt
 
 _CPU = Path("/sys/devices/system/cpu/cpu0")
+_PATHS = ("library", "cuda_library", "cache_dir")  # of this machine alone: results are shown to others
 
 
 def describe(device, n_threads):
@@ -30,7 +31,7 @@ def describe(device, n_threads):
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
-        "fastopt": fastopt.info(),
+        "fastopt": {name: value for name, value in fastopt.info().items() if name not in _PATHS},
     }
 
 
