@@ -45,7 +45,7 @@ __device__ __forceinline__ GradientOf<compute_t<S>> finish_row(const CrossEntrop
   const TargetTerms<T>& terms = scene.spread.terms;
   const bool has_target = p.target != nullptr;
   const bool has_spread = scene.spread.kind != TargetKind::kIndex;
-  const A uniform = kIsUniform && has_spread ? static_cast<A>(terms.off) : A(0);
+  const A uniform = kIsUniform ? static_cast<A>(terms.off) : A(0);  // 0 where nothing is smoothed
   A on = 0;
   if (has_target) {
     on = static_cast<A>(terms.on);
