@@ -67,7 +67,7 @@ def _name(symbol):
     level = level[0] if level else "baseline"
     if function in LOSS:
         return function, arguments, level
-    kind = re.fullmatch(r"update_(arrays|v3|v4|baseline)", function)
+    kind = re.fullmatch(r"update_(arrays|narrow|v3|v4|baseline)", function)
     if not kind:
         return None
     rule, stored = re.match(r"(.*>), ?(\w+)", arguments).groups()
@@ -83,6 +83,15 @@ def test_every_rule_is_vectors(functions, stored, level):
         counts = functions.get((rule.format("double" if stored == "double" else "float"), stored, level))
         assert counts, f"no function for {rule} in {stored}, {level}"
         assert counts[WIDEST[level]] >= 3, f"{rule} in {stored}, {level}, is not vectors: {counts}"
+
+
+def test_rules_without_divisions_have_narrow_vectors(functions):
+    """For processors that have wider ones and gain nothing from them; of 16-bit types each level has its own loop."""
+    found = {(rule, stored): counts for (rule, stored, level), counts in functions.items() if level == "narrow"}
+    assert set(found) == {(rule.format(stored), stored) for rule in RULES[:3] for stored in STORED[:2]}
+    for rule, counts in found.items():
+        is_narrow = counts["ymm"] >= 3 and not counts["zmm"]
+        assert is_narrow, f"{rule} is not vectors of 256 bits: {counts}"
 
 
 @pytest.mark.parametrize("level", WIDEST)

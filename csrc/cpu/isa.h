@@ -37,6 +37,13 @@
 #define FASTOPT_CPU_HAS_V4 false
 #endif
 
+// What is fast on one maker's processors only.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FASTOPT_CPU_IS_INTEL __builtin_cpu_is("intel")
+#else
+#define FASTOPT_CPU_IS_INTEL false
+#endif
+
 namespace fastopt::cpu {
 
 // "avx512", "avx2", "neon" or "baseline": what the functions marked FASTOPT_CLONES run as on this machine.
