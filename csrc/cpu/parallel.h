@@ -4,6 +4,7 @@
 #include <algorithm>  // max, min
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace fastopt::cpu {
 
@@ -15,8 +16,9 @@ struct Threads {
 };
 
 // Divides [0, n_tasks) among threads. Each of them calls run(next), and next() for one task after the other until it
-// gives n_tasks. Tasks side by side go to one thread where they can, for its caches and prefetchers: first half of its
-// share, the same at each call, then a sixteenth of a share at a time, while there are any.
+// gives n_tasks. A thread's share is as torch divides an array: side by side, thread after thread, so that it finds in
+// its caches what it wrote there in another operation. It takes half of its share at once, then a sixteenth at a time,
+// and when there is none left, what others have left of theirs.
 template <class F>
 void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
   const int64_t n_threads = std::min<int64_t>(threads.count, n_tasks);
@@ -24,17 +26,29 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
     run([task = int64_t{0}, n_tasks]() mutable { return task < n_tasks ? task++ : n_tasks; });
     return;
   }
+  struct alignas(64) Share {
+    std::atomic<int64_t> begin;  // of what nobody has taken
+    int64_t end;
+  };
+  std::vector<Share> shares(n_threads);
+  for (int64_t i = 0; i < n_threads; ++i) {
+    shares[i].begin = i * n_tasks / n_threads;
+    shares[i].end = (i + 1) * n_tasks / n_threads;
+  }
   const int64_t n_first = std::max<int64_t>(n_tasks / n_threads / 2, 1);
   const int64_t n_more = std::max<int64_t>(n_tasks / n_threads / 16, 1);
-  std::atomic<int64_t> n_taken{n_first * n_threads};
   auto on_thread = [&](int64_t thread) {
-    int64_t task = thread * n_first, end = task + n_first;
+    int64_t task = 0, end = 0, n = n_first, n_emptied = 0;
     run([&, n_tasks]() {
-      if (task == end) {
-        task = std::min(n_taken.fetch_add(n_more), n_tasks);
-        end = std::min(task + n_more, n_tasks);
+      while (task == end) {
+        if (n_emptied == n_threads) return n_tasks;
+        Share& share = shares[(thread + n_emptied) % n_threads];
+        task = std::min(share.begin.fetch_add(n), share.end);
+        end = std::min(task + n, share.end);
+        n = n_more;
+        n_emptied += task == end;
       }
-      return task < end ? task++ : n_tasks;
+      return task++;
     });
   };
   threads.on_each(
