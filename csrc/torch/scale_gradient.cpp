@@ -14,10 +14,8 @@
 namespace fastopt {
 namespace {
 
-// Elements that are multiplied, then rounded: they stay in the second-level cache between.
+// Elements that are multiplied, then rounded: they stay in the second-level cache between, and are enough for threads.
 constexpr int64_t kWindow = 1 << 17;
-// Elements that are worth it.
-constexpr int64_t kMinElements = 1 << 14;
 
 // A tensor of 16-bit numbers over the memory of one of 32-bit numbers that nobody needs afterwards.
 at::Tensor in_place_of(const at::Tensor& wide, at::ScalarType dtype) {
@@ -33,7 +31,7 @@ at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::Scalar
     may_reuse = true;
   }
   const int64_t n = grad.numel();
-  if (!is_plain_cpu(grad) || n < kMinElements || !grad.is_non_overlapping_and_dense()) {
+  if (!is_plain_cpu(grad) || n <= kWindow || !grad.is_non_overlapping_and_dense()) {
     return (factor ? at::mul(grad, *factor) : grad).to(dtype);
   }
   may_reuse &= grad.storage_offset() == 0 && grad.itemsize() == 2 * c10::elementSize(dtype);
@@ -43,7 +41,7 @@ at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::Scalar
   const at::Tensor to = result.as_strided({n}, {1});
   for (int64_t begin = 0, size = 0; begin < n; begin += size) {
     const bool is_copied = begin == 0 || !may_reuse;  // only later windows lie apart from where they go
-    size = std::min({may_reuse ? std::max(begin, kMinElements) : kWindow, kWindow, n - begin});
+    size = std::min(kWindow, n - begin);
     at::Tensor window = from.narrow(0, begin, size);
     if (is_copied) {
       window = factor ? at::mul(window, *factor) : window.clone();
