@@ -14,7 +14,9 @@
 namespace fastopt {
 namespace {
 
-// Elements that are multiplied, then rounded: they stay in the second-level cache between, and are enough for threads.
+// Elements up to which the result has memory of its own: each thread then rounds what it wrote, in one pass.
+constexpr int64_t kMaxApart = 1 << 20;
+// Elements of more that are multiplied, then rounded: they stay in the second-level cache between.
 constexpr int64_t kWindow = 1 << 17;
 
 // A tensor of 16-bit numbers over the memory of one of 32-bit numbers that nobody needs afterwards.
@@ -22,20 +24,21 @@ at::Tensor in_place_of(const at::Tensor& wide, at::ScalarType dtype) {
   return at::empty({0}, wide.options().dtype(dtype)).set_(wide.storage(), 0, wide.sizes(), wide.strides());
 }
 
-// grad, times a number if there is one, rounded once. In windows, so that there is no other array of its size; in the
-// gradient's own memory, if that is free, each window goes where none was left to read.
+// grad, times a number if there is one, rounded once. If it is large, in windows, so that there is no other array of
+// its size; in the gradient's own memory, if that is free, each window goes where none was left to read.
 at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::ScalarType dtype, bool may_reuse) {
   if (factor && factor->numel() != 1) {  // one for each position
     grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
     factor.reset();
     may_reuse = true;
   }
+  if (factor) factor = factor->reshape({});
   const int64_t n = grad.numel();
-  if (!is_plain_cpu(grad) || n <= kWindow || !grad.is_non_overlapping_and_dense()) {
-    return (factor ? at::mul(grad, *factor) : grad).to(dtype);
+  if (!is_plain_cpu(grad) || n <= kMaxApart || !grad.is_non_overlapping_and_dense()) {
+    if (factor) grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
+    return grad.to(dtype);
   }
   may_reuse &= grad.storage_offset() == 0 && grad.itemsize() == 2 * c10::elementSize(dtype);
-  if (factor) factor = factor->reshape({});
   const at::Tensor from = grad.as_strided({n}, {1});
   at::Tensor result = may_reuse ? in_place_of(grad, dtype) : at::empty_like(grad, dtype);
   const at::Tensor to = result.as_strided({n}, {1});
