@@ -141,7 +141,7 @@ FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, 
     const T shifted = x[l] - max;
     const T e = exp_nonpositive(shifted);
     sums.exp.few[l] += is_new ? e : T(0);
-    if (kWantsGrad && is_new) exps[l] = e;
+    if constexpr (kWantsGrad) exps[l] = is_new ? e : exps[l];
     if constexpr (kTarget != TargetKind::kIndex) {
       const T q = spread_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
       if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.few[l] += is_new ? q : T(0);
