@@ -27,18 +27,16 @@ at::Tensor in_place_of(const at::Tensor& wide, at::ScalarType dtype) {
 // grad, times a number if there is one, rounded once. If it is large, in windows, so that there is no other array of
 // its size; in the gradient's own memory, if that is free, each window goes where none was left to read.
 at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::ScalarType dtype, bool may_reuse) {
-  if (factor && factor->numel() != 1) {  // one for each position
+  const int64_t n = grad.numel();
+  const bool is_whole = !is_plain_cpu(grad) || n <= kMaxApart || !grad.is_non_overlapping_and_dense();
+  if (factor && (is_whole || factor->numel() != 1)) {  // or one for each position
     grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
     factor.reset();
     may_reuse = true;
   }
-  if (factor) factor = factor->reshape({});
-  const int64_t n = grad.numel();
-  if (!is_plain_cpu(grad) || n <= kMaxApart || !grad.is_non_overlapping_and_dense()) {
-    if (factor) grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
-    return grad.to(dtype);
-  }
+  if (is_whole) return grad.to(dtype);
   may_reuse &= grad.storage_offset() == 0 && grad.itemsize() == 2 * c10::elementSize(dtype);
+  if (factor) factor = factor->reshape({});
   const at::Tensor from = grad.as_strided({n}, {1});
   at::Tensor result = may_reuse ? in_place_of(grad, dtype) : at::empty_like(grad, dtype);
   const at::Tensor to = result.as_strided({n}, {1});
