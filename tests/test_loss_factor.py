@@ -146,6 +146,86 @@ def test_logits_that_were_overwritten_unseen_give_no_other_gradient(retains, fac
             backward()
 
 
+# --- float16, whose gradient is rounded with the factor that is foreseen ----------------------------------------------
+
+F16 = torch.float16
+
+
+def forget_factor(x, target, reduction="mean"):
+    """No factor is foreseen from one of 0."""
+    gradient(cross_entropy, x, target, 0.0, reduction)
+
+
+def backward_after_overwriting(x, target, factor):
+    logits = x.clone()
+    loss = cross_entropy(logits, target).float()
+    logits.detach().zero_()
+    return torch.autograd.grad(loss * factor, logits)[0]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rounded_gradient_keeps_what_is_small_beside_another_factor(shape, reduction):
+    x, target = logits_and_target(shape, F16)
+    with torch.no_grad():
+        x.mul_(4)
+    for before in (1.0, 2.0**-10, 0.0):
+        for factor in (2.0**10, 60000.0):
+            gradient(cross_entropy, x, target, before, reduction)
+            before_calls = kernel_calls("cross_entropy")
+            found = gradient(cross_entropy, x, target, factor, reduction)
+            assert kernel_calls("cross_entropy") == before_calls + 2
+            truth = gradient(F.cross_entropy, x.detach().double().requires_grad_(), target, factor, reduction)
+            torch.testing.assert_close(found, truth.to(F16), rtol=2e-3, atol=2e-7)
+
+
+def test_a_rounded_gradient_of_overwritten_logits_takes_a_factor_near_its_own():
+    x, target = logits_and_target((64, 100), F16)
+    for factor in (1.0, 0.25, 16.0, 2.0**-12):
+        for _ in range(2):
+            gradient(cross_entropy, x, target, 1.0)
+        expected = gradient(cross_entropy, x, target, factor)
+        gradient(cross_entropy, x, target, 1.0)
+        found = backward_after_overwriting(x, target, factor)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-6)
+    gradient(cross_entropy, x, target, 1.0)
+    assert not backward_after_overwriting(x, target, math.inf).isfinite().all()
+    gradient(cross_entropy, x, target, 1.0)
+    with pytest.raises(RuntimeError, match="changed before its backward.* a factor of 1, .* far from 1024"):
+        backward_after_overwriting(x, target, 1024.0)
+
+
+def test_who_overwrites_each_loss_logits_may_have_any_factors():
+    """What the next backward finds is expected to be as in the last one."""
+    x, target = logits_and_target((64, 100), F16)
+    factors = (1.0, 1024.0, 1.0, 30000.0, 30000.0)
+    expected = [gradient(cross_entropy, x, target, factor) for factor in factors]
+    forget_factor(x, target)
+    for factor, grad in zip(factors, expected, strict=True):
+        torch.testing.assert_close(backward_after_overwriting(x, target, factor), grad, rtol=2e-3, atol=1e-6)
+
+
+def test_a_rounded_gradient_is_computed_again_for_what_is_no_number():
+    x, target = logits_and_target((64, 100), F16)
+    wanted = torch.tensor([0.5, 1024.0], dtype=F16)
+    for _ in range(2):
+        gradient(cross_entropy, x, target, 2.0**-8)
+    loss = cross_entropy(x, target)
+    (batch,) = torch.autograd.grad(loss, x, wanted, is_grads_batched=True)
+    for found, factor in zip(batch, wanted.tolist(), strict=True):
+        torch.testing.assert_close(found, gradient(cross_entropy, x, target, factor), rtol=2e-3, atol=1e-6)
+    for _ in range(2):
+        gradient(cross_entropy, x, target, 2.0**-8, "none")
+    rows = torch.linspace(1, 1024, 64, dtype=F16)
+    (found,) = torch.autograd.grad(cross_entropy(x, target, reduction="none"), x, rows)
+    wide = x.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(F.cross_entropy(wide, target, reduction="none"), wide, rows.double())
+    torch.testing.assert_close(found, truth.to(F16), rtol=2e-3, atol=1e-6)
+
+
+# --- What is saved, and what numbers are ------------------------------------------------------------------------------
+
+
 def test_hooks_for_saved_tensors_are_asked_once():
     x, target = logits_and_target((64, 100), torch.float32)
     for factor in (1.0, 0.5, 0.25):

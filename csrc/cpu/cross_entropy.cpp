@@ -72,11 +72,17 @@ std::atomic<int64_t>& max_cached_bytes() {
   return n_bytes;
 }
 
+template <class F>
+void with_logit_type(const CrossEntropyProblem& p, F&& f) {
+  if (p.dtype == DType::kFloat16 && p.grad && p.is_grad_final) return f(FinalHalf{});
+  with_stored_type(p.dtype, f);
+}
+
 bool streams_gradient(const CrossEntropyProblem& p) {
   // Over the logits, each line has been read in any case.
   if (!kCanStream || !p.grad || p.grad == p.logits) return false;
   int64_t n_bytes = 0;
-  with_stored_type(p.dtype, [&](auto stored) {
+  with_logit_type(p, [&](auto stored) {
     using S = decltype(stored);
     const LogitLayout& layout = p.logits_layout;
     n_bytes = layout.n_outer * layout.n_classes * layout.n_inner * (sizeof(S) + sizeof(gradient_t<S>));
@@ -134,12 +140,6 @@ double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
     write_tile(values, width, static_cast<gradient_t<S>*>(p.grad), {p.grad_layout, first, n}, buffer, run.streams);
   }
   return sum.total();
-}
-
-template <class F>
-void with_logit_type(const CrossEntropyProblem& p, F&& f) {
-  if (p.dtype == DType::kFloat16 && p.grad && p.is_grad_final) return f(FinalHalf{});
-  with_stored_type(p.dtype, f);
 }
 
 template <class F>

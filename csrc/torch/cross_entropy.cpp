@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "torch/context.h"
+#include "torch/cross_entropy_calls.h"
 #include "torch/cross_entropy_kernel.h"
 #include "torch/cross_entropy_node.h"
 #include "torch/kept_gradient.h"
@@ -65,15 +66,6 @@ at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, 
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
-
-at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                              int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastopt::cross_entropy", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t,
-                                               c10::SymInt, double, bool)>();
-  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
-}
 
 // Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
 bool needs_composite(const CrossEntropyArguments& a) {
@@ -156,7 +148,6 @@ at::Tensor with_autocast(at::DeviceType device, const CrossEntropyArguments& giv
                                                                     : c10::DispatchKey::AutocastCUDA);
   CrossEntropyArguments arguments = given;
   arguments.in_float32 = true;
-  const auto optional = [](const at::Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; };
   if (fits_kernel(arguments)) return f(given.input, given.target, optional(given.weight), /*in_float32=*/true);
   const auto widened = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
   return f(widened(given.input), widened(given.target),

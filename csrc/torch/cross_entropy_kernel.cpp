@@ -181,10 +181,16 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
     problem.grad_layout = *layout;
     problem.is_grad_final = is_half;
   } else if (memory != GradientMemory::kNone) {
-    const auto dtype = is_half ? at::kFloat : input.scalar_type();
+    problem.is_grad_final = is_half && !is_cuda && given_factor.is_known;
+    const auto dtype = is_half && !problem.is_grad_final ? at::kFloat : input.scalar_type();
     const bool is_given = into.defined() && into.scalar_type() == dtype && into.sizes() == input.sizes() &&
                           into.strides() == at::IntArrayRef(strides);
-    grad = is_given ? std::move(into) : empty_like_logits(input, strides, dtype);
+    if (is_given) {
+      grad = std::move(into);
+    } else {
+      into.reset();
+      grad = empty_like_logits(input, strides, dtype);
+    }
     problem.grad_layout = *dense_layout;
   }
   if (grad.defined()) problem.grad = grad.mutable_data_ptr();
@@ -256,7 +262,7 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
     });
   }
   ++kernel_calls().cross_entropy;
-  return {loss, {grad, factor, denominator, sum}};
+  return {loss, {grad, factor, denominator, sum, problem.is_grad_final}};
 }
 
 }  // namespace fastopt

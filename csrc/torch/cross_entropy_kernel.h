@@ -34,6 +34,9 @@ constexpr double kMinLossFactor = 0x1p-40;
 struct LossFactor {
   double number = 1;
   bool is_mean = false;  // of a sum that will be divided by what a mean is divided by: then not the number
+  // Whether it is more than a guess, or the logits will be there to compute the gradient anew: a float16 gradient is
+  // then multiplied and rounded once, where it is written.
+  bool is_known = false;
 
   double of(double denominator, at::ScalarType loss_dtype) const;  // 1 / denominator as autograd rounds it
 };
@@ -43,16 +46,17 @@ struct LossGradient {
   double factor = 1;       // by which it is multiplied
   double denominator = 1;  // of the mean; on the CPU
   double loss_sum = 0;     // unrounded, on the CPU: the same bits of the same logits
+  bool is_final = false;   // float16, already rounded: another factor needs another gradient
 };
 
 // Loss, and the gradient of the reduced loss with respect to input if wanted, multiplied by the factor; of each row's
 // own loss for reduction none; the factor is the CPU's, and 1 on a GPU. The gradient is float32 for float16 input, so
-// that a large factor may follow. Over the logits it goes only where they can be walked as they lie, as float16 on the
-// CPU only. Raises IndexError for a target that is not a class.
+// that a large factor may follow, unless the factor is known or the gradient goes over the logits, on the CPU. It goes
+// there only where they can be walked as they lie. Raises IndexError for a target that is not a class.
 //
 // Loss first and gradient later, of the same logits: `totals` given without a gradient take what the gradient needs of
 // each row, where the kernel finds it; given back with one, they spare it the search, and the loss is undefined.
-// `into`: memory for the gradient that has its layout, in place of fresh memory; taken if defined.
+// `into`: memory for the gradient that has its layout, in place of fresh memory; of another layout, it is freed first.
 std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArguments& arguments, GradientMemory memory,
                                                          LossFactor factor = {}, at::Tensor* totals = nullptr,
                                                          at::Tensor into = {});

@@ -1,9 +1,7 @@
 #include "torch/cross_entropy_node.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/alias.h>
-#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -14,11 +12,13 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <cmath>  // fabs, isfinite
 #include <mutex>
 #include <type_traits>  // is_same_v
 #include <utility>      // exchange
 
 #include "torch/context.h"
+#include "torch/cross_entropy_calls.h"
 #include "torch/loss_factor.h"
 #include "torch/scale_gradient.h"
 
@@ -28,12 +28,8 @@ namespace {
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fastopt::cross_entropy_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  return op.call(grad_output, grad, input);
-}
+// By how much a rounded float16 gradient may still be multiplied, where its logits are gone.
+constexpr double kMaxFinalRatio = 16;
 
 // The gradient was computed with the loss. The logits are kept for a second derivative only, and are looked at only
 // then: as with torch, they may be overwritten between forward and a plain backward. In place, the gradient is computed
@@ -43,7 +39,7 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, 
 struct CrossEntropyBackward final : torch::autograd::Node {
   SavedVariable grad, keeper, input, target, weight;
   LossGradient computed;  // what is known of `grad`
-  uint64_t kind = 0;      // of the loss, for its next factor
+  LossKind kind;          // of the loss, for its next factor
   at::Tensor totals;      // of the rows, for a gradient in place; undefined where the kernel finds none
   int64_t reduction = 0;
   c10::SymInt ignore_index = 0;
@@ -81,26 +77,31 @@ struct CrossEntropyBackward final : torch::autograd::Node {
       const Arguments saved = unpacked_arguments();
       const at::Tensor holder = unpacked(keeper);
       at::AutoDispatchBelowADInplaceOrView guard;
-      return {call_take(grad_output, holder, saved)};
+      return {call_take(grad_output, holder, arguments_of(saved, /*number=*/0), ignore_index)};
     }
 
     // Unpacked before the guard: a checkpoint recomputes the forward here, and records it.
     bool may_reuse = !is_traced && !has_tangent;
-    auto [saved, known] = gradient_of_loss(may_reuse);
-    // Asked for their dtype; they may have been overwritten.
-    const at::Tensor logits = is_traced && saved.scalar_type() != dtype ? unpacked(input) : saved;
-    if (!is_traced) check_backed(grad_output, "grad_output");
+    const auto number = may_reuse ? repeated_number_in(grad_output) : std::nullopt;
+    auto [saved, known] = gradient_of_loss(may_reuse, number.has_value());
+    at::Tensor logits;  // asked for their dtype; they may have been overwritten
+    if (is_traced) {
+      logits = saved.scalar_type() != dtype ? unpacked(input) : saved;
+    } else {
+      check_backed(grad_output, "grad_output");
+    }
     // Asked for where it is no number only: a foreseen factor must cost nothing.
     const auto left = [&, known = known] { return known == 1 ? grad_output : at::div(grad_output, known); };
     if (has_tangent) return {at::mul(saved, factor_of(left(), saved)).to(dtype)};  // not below autograd
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(left(), saved, logits)};
-    const auto number = backend_of(saved) == Backend::kCpu ? repeated_number_in(grad_output) : std::nullopt;
+    if (backend_of(saved) != Backend::kCpu) return {scale_gradient(saved, left(), dtype, may_reuse)};
+    remember_factor(kind, number, computed, dtype != at::kHalf || computed.is_final || has_logits());
     if (!number) return {scale_gradient(saved, left(), dtype, may_reuse)};
-    remember_factor(kind, *number, computed, reduction, loss_dtype());
-    if (*number != known && !has_hooks && reduction != at::Reduction::None) {
-      at::Tensor anew = computed_anew(*number, may_reuse ? saved : at::Tensor());
+    if (*number != known && !has_hooks && is_foreseeable(kind)) {
+      at::Tensor anew = computed_anew(*number, saved, may_reuse);
       if (anew.defined()) return {scale_gradient(anew, 1.0, dtype, /*may_reuse=*/true)};
+      check_final(*number);
     }
     return {scale_gradient(saved, *number / known, dtype, may_reuse)};
   }
@@ -113,6 +114,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     args.collect(ignore_index);
     args.collect(label_smoothing);
     args.collect(computed.factor);
+    args.collect(computed.is_final);
     args.collect(in_float32);
     args.collect(dtype);
     args.collect(is_plain);
@@ -153,21 +155,11 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     return {input.unpack(), target.unpack(), weights.defined() ? OptionalTensor(weights) : std::nullopt};
   }
 
-  at::Tensor call_take(const at::Tensor& grad_output, const at::Tensor& holder, const Arguments& saved) const {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("fastopt::cross_entropy_take", "")
-            .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                              const OptionalTensor&, int64_t, c10::SymInt, double, bool)>();
-    return op.call(grad_output, holder, saved.input, saved.target, saved.weight, reduction, ignore_index,
-                   label_smoothing, in_float32);
+  CrossEntropyArguments arguments_of(const Arguments& saved, int64_t number) const {
+    return {saved.input, saved.target, pointer_to(saved.weight), reduction, number, label_smoothing, in_float32};
   }
-
-  at::ScalarType loss_dtype() const { return in_float32 ? at::kFloat : dtype; }
-
   CrossEntropyArguments kernel_arguments(const Arguments& saved) const {
-    return {saved.input,     saved.target, pointer_to(saved.weight), reduction, ignore_index.expect_int(),
-            label_smoothing, in_float32};
+    return arguments_of(saved, ignore_index.expect_int());
   }
 
   at::Tensor backward_in_place(const at::Tensor& grad_output) {
@@ -184,11 +176,12 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     return grad;
   }
 
-  // The gradient that was computed with the loss. may_reuse: whether it may be overwritten or given away; then it must
-  // be the last backward, and nobody else must hold it, as a hook for saved tensors can. It is let go of: a hook that
-  // fails later leaves this node as it is, and who repeats the backward must not find the gradient changed.
-  std::pair<at::Tensor, double> gradient_of_loss(bool& may_reuse) {
-    if (!is_in_place) {
+  // The gradient that was computed with the loss, and its factor; computed again if it is rounded already and the
+  // coming factor is no number. may_reuse: whether it may be overwritten or given away; then it must be the last
+  // backward, and nobody else must hold it, as a hook for saved tensors can. It is let go of: a hook that fails later
+  // leaves this node as it is, and who repeats the backward must not find the gradient changed.
+  std::pair<at::Tensor, double> gradient_of_loss(bool& may_reuse, bool is_number) {
+    if (!is_in_place && (is_number || !computed.is_final)) {
       const auto lock = lock_saved();
       if (!is_gradient_gone_) {
         at::Tensor saved = grad.unpack();
@@ -208,8 +201,9 @@ struct CrossEntropyBackward final : torch::autograd::Node {
             1.0};
   }
 
-  // Undefined if the logits have been overwritten, as they may be.
-  at::Tensor computed_anew(double factor, at::Tensor into) {
+  // With another factor; in place of the gradient that was computed, if that may be reused. Undefined if the logits
+  // have been overwritten, as they may be.
+  at::Tensor computed_anew(double factor, at::Tensor& grad_before, bool may_reuse) {
     Arguments saved;
     try {
       saved = unpacked_arguments();
@@ -218,7 +212,27 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     }
     const CrossEntropyArguments arguments = kernel_arguments(saved);
     if (backend_of(saved.input) != Backend::kCpu || !kernel_takes(arguments)) return {};
-    return fastopt::computed_anew(arguments, factor, computed.loss_sum, std::move(into));
+    return fastopt::computed_anew(arguments, factor, computed.loss_sum,
+                                  may_reuse ? std::move(grad_before) : at::Tensor());
+  }
+
+  // A gradient that is rounded already has lost what is small beside its factor.
+  void check_final(double factor) const {
+    const double ratio = std::fabs(factor / computed.factor);
+    TORCH_CHECK(!computed.is_final || ratio <= kMaxFinalRatio || !std::isfinite(ratio),
+                "fastopt: the float16 logits of a cross-entropy were changed before its backward, and the gradient was "
+                "computed for a factor of ",
+                computed.factor, ", which is too far from ", factor);
+  }
+
+  // Whether the logits are what they were, as far as autograd can see.
+  bool has_logits() {
+    if (has_hooks) return false;
+    try {
+      return unpacked(input).defined();
+    } catch (const c10::Error&) {
+      return false;
+    }
   }
 
   // Of torch's own composite, so that any further derivative exists. Of an alias of the logits, whose own hooks run
@@ -246,41 +260,6 @@ auto make_node() {
 }
 
 }  // namespace
-
-at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
-  if (in_float32) {
-    const auto widened = [](const at::Tensor& tensor) {
-      return tensor.is_floating_point() ? tensor.to(at::kFloat) : tensor;
-    };
-    return at::cross_entropy_loss_symint(widened(input), widened(target),
-                                         weight ? OptionalTensor(widened(*weight)) : std::nullopt, reduction,
-                                         std::move(ignore_index), label_smoothing);
-  }
-  return at::cross_entropy_loss_symint(input, target, weight, reduction, std::move(ignore_index), label_smoothing);
-}
-
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction,
-                                                c10::SymInt ignore_index, double label_smoothing, bool wants_grad,
-                                                bool in_float32) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastopt::cross_entropy_forward", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                                    int64_t, c10::SymInt, double, bool, bool)>();
-  return op.call(input, target, weight, reduction, std::move(ignore_index), label_smoothing, wants_grad, in_float32);
-}
-
-std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& a, c10::SymInt ignore_index) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fastopt::cross_entropy_keep", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                                                    int64_t, c10::SymInt, double, bool)>();
-  return op.call(a.input, a.target, a.weight ? OptionalTensor(*a.weight) : std::nullopt, a.reduction,
-                 std::move(ignore_index), a.label_smoothing, a.in_float32);
-}
 
 void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
                           ForBackward left) {

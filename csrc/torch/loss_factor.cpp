@@ -46,36 +46,39 @@ LossFactors& loss_factors() {
 
 }  // namespace
 
-uint64_t kind_of(const CrossEntropyArguments& a) {
+LossKind kind_of(const CrossEntropyArguments& a) {
   const int64_t n_classes = a.input.size(a.input.dim() > 1 ? 1 : 0);
-  return static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(a.input.scalar_type()) % 16 * 4 +
-         static_cast<uint64_t>(a.reduction) + 1;
+  const auto dtype = a.input.scalar_type();
+  const uint64_t number = static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(dtype) % 16 * 4 +
+                          static_cast<uint64_t>(a.reduction) + 1;
+  return {number, a.reduction, a.in_float32 ? at::kFloat : dtype};
 }
 
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
 LossFactor foreseen_factor(const CrossEntropyArguments& arguments) {
-  // Losses of each position have factors of their own: then there is nothing to foresee.
-  const bool is_reduced = arguments.reduction != at::Reduction::None;
-  return is_reduced && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
-             ? loss_factors().foreseen(kind_of(arguments))
+  const LossKind kind = kind_of(arguments);
+  return is_foreseeable(kind) && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
+             ? loss_factors().foreseen(kind.number)
              : LossFactor{};
 }
 
-void remember_factor(uint64_t kind, double number, const LossGradient& gradient, int64_t reduction,
-                     at::ScalarType loss_dtype) {
-  LossFactor factor{number};
+void remember_factor(const LossKind& kind, std::optional<double> number, const LossGradient& gradient,
+                     bool has_logits) {
+  LossFactor factor{number.value_or(1)};
   constexpr LossFactor kMean{1, true};
-  if (reduction == at::Reduction::Sum && number == kMean.of(gradient.denominator, loss_dtype)) factor = kMean;
-  loss_factors().remember(kind, factor);
+  if (kind.reduction == at::Reduction::Sum && number == kMean.of(gradient.denominator, kind.loss_dtype)) factor = kMean;
+  factor.is_known = number && has_logits;
+  loss_factors().remember(kind.number, factor);
 }
 
 at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, std::optional<double> loss_sum,
                          at::Tensor into) {
   if (!is_backed(arguments.input)) return {};
   const bool is_given = into.defined();
+  const LossFactor known{factor, /*is_mean=*/false, /*is_known=*/true};
   const LossGradient found =
-      cross_entropy_kernel(arguments, GradientMemory::kFresh, {factor}, /*totals=*/nullptr, std::move(into)).second;
+      cross_entropy_kernel(arguments, GradientMemory::kFresh, known, /*totals=*/nullptr, std::move(into)).second;
   if (!loss_sum || found.loss_sum == *loss_sum || (std::isnan(found.loss_sum) && std::isnan(*loss_sum))) {
     return found.grad;
   }
@@ -90,18 +93,17 @@ at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::T
   check_backed(grad_output, "grad_output");
   const auto number = repeated_number_in(grad_output);
   const auto dtype = arguments.input.scalar_type();
-  const bool is_reduced = arguments.reduction != at::Reduction::None;
+  const LossKind kind = kind_of(arguments);
+  const bool has_factor = number && is_foreseeable(kind);
+  if (computed && computed->is_final && !number) computed.reset();
   if (!computed) {
-    const LossFactor wanted{is_reduced ? number.value_or(1) : 1};
+    const LossFactor wanted{has_factor ? *number : 1, /*is_mean=*/false, /*is_known=*/has_factor};
     computed = cross_entropy_kernel(arguments, GradientMemory::kFresh, wanted).second;
   }
   at::Tensor& grad = computed->grad;
   double& factor = computed->factor;
-  if (number) {
-    const auto loss_dtype = arguments.in_float32 ? at::kFloat : dtype;
-    remember_factor(kind_of(arguments), *number, *computed, arguments.reduction, loss_dtype);
-  }
-  if (is_reduced && number && *number != factor) {
+  remember_factor(kind, number, *computed, /*has_logits=*/true);
+  if (has_factor && *number != factor) {
     check_backed(arguments.input, "input");
     // A compiled program does not overwrite its logits; it may compute them anew, and not to the last bit.
     grad = computed_anew(arguments, *number, /*loss_sum=*/std::nullopt, std::move(grad));
