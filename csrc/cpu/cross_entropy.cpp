@@ -17,9 +17,11 @@
 namespace fastopt::cpu {
 namespace {
 
-// Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one.
+// Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one; rows of more
+// classes where there are enough of them to fill most of a tile's lanes.
 // Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
 constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
+constexpr int64_t kMaxClassesOfManyRows = 191, kManyRows = 48;
 static_assert(kMaxNarrowClasses >= kLanes && kMaxNarrowDoubles >= kLanes, "a row has at least kLanes classes");
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
@@ -32,9 +34,10 @@ constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 128;
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 
 Walk walk_of(const LogitLayout& layout, DType dtype) {
-  const int64_t max_narrow = dtype == DType::kFloat64 ? kMaxNarrowDoubles : kMaxNarrowClasses;
-  if (layout.n_classes <= max_narrow) return Walk::kTiles;
-  if (layout.is_rows()) return Walk::kRows;
+  const int64_t max_narrow = dtype == DType::kFloat64      ? kMaxNarrowDoubles
+                             : layout.n_outer >= kManyRows ? kMaxClassesOfManyRows
+                                                           : kMaxNarrowClasses;
+  if (layout.is_rows()) return layout.n_classes <= max_narrow ? Walk::kTiles : Walk::kRows;
   // By the image, not by how many there are: a position's loss does not depend on other images.
   const bool is_short = layout.n_inner < kMinTilePositions;
   const bool is_large = layout.n_classes > (is_short ? kMaxShortTileClasses : kMaxTileClasses);
@@ -118,7 +121,8 @@ double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
     tile.n_classes = n_classes;
     tile.ignore_index = p.ignore_index;
     tile.ahead = static_cast<const S*>(p.logits) + ahead.offset(i);
-    tile.ahead_stride = layout.class_stride * static_cast<int64_t>(sizeof(S));
+    // The logits of rows lie one after the other: with each class, as many are fetched as it has positions.
+    tile.ahead_stride = (layout.is_rows() ? kTileWidth : layout.class_stride) * static_cast<int64_t>(sizeof(S));
     tile.n_positions = std::min(tile_width(n - i), n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
