@@ -145,6 +145,7 @@ def test_torchvision_is_broken_if_its_library_does_not_load_whatever_the_system_
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision/__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)  # another test may have imported the real one
     monkeypatch.setattr(vision.ctypes, "CDLL", lambda path: None)
     assert vision._library_is_broken()
     (tmp_path / "torchvision" / name).touch()
