@@ -34,10 +34,12 @@ constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 128;
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 
 Walk walk_of(const LogitLayout& layout, DType dtype) {
-  const int64_t max_narrow = dtype == DType::kFloat64      ? kMaxNarrowDoubles
-                             : layout.n_outer >= kManyRows ? kMaxClassesOfManyRows
-                                                           : kMaxNarrowClasses;
-  if (layout.is_rows()) return layout.n_classes <= max_narrow ? Walk::kTiles : Walk::kRows;
+  if (layout.is_rows()) {
+    const int64_t max_narrow = dtype == DType::kFloat64      ? kMaxNarrowDoubles
+                               : layout.n_outer >= kManyRows ? kMaxClassesOfManyRows
+                                                             : kMaxNarrowClasses;
+    return layout.n_classes <= max_narrow ? Walk::kTiles : Walk::kRows;
+  }
   // By the image, not by how many there are: a position's loss does not depend on other images.
   const bool is_short = layout.n_inner < kMinTilePositions;
   const bool is_large = layout.n_classes > (is_short ? kMaxShortTileClasses : kMaxTileClasses);

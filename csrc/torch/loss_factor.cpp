@@ -65,6 +65,7 @@ LossFactor foreseen_factor(const CrossEntropyArguments& arguments) {
 
 void remember_factor(const LossKind& kind, std::optional<double> number, const LossGradient& gradient,
                      bool has_logits) {
+  if (!is_foreseeable(kind)) return;
   LossFactor factor{number.value_or(1)};
   constexpr LossFactor kMean{1, true};
   if (kind.reduction == at::Reduction::Sum && number == kMean.of(gradient.denominator, kind.loss_dtype)) factor = kMean;
