@@ -247,17 +247,19 @@ def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward)
     worker = threading.Thread(target=note_the_time)
     worker.start()
     try:
-        n_inside = 0
-        for _ in range(5):
+        most_inside = 0
+        for _ in range(50):  # on a machine that is busy with something else the other thread may have to wait
             logits = x * 1
             time.sleep(1e-3)
             begin = time.perf_counter()
             with threads(1):
                 cross_entropy(logits, target, inplace_backward=inplace_backward)
             end = time.perf_counter()
-            n_inside += sum(begin < moment < end for moment in times)
+            most_inside = max(most_inside, sum(begin < moment < end for moment in times))
+            if most_inside > 2:
+                break
     finally:
         sys.setswitchinterval(switch_interval)
         is_done.set()
         worker.join()
-    assert n_inside > 10  # at most one a loss where the interpreter is kept
+    assert most_inside > 2  # at most one where the interpreter is kept
