@@ -16,7 +16,8 @@ def is_native():
 
 
 def kernel_calls(name):
-    """How often a kernel ran in this process: "update", "cross_entropy", "cuda" (of both); 0 on the reference path."""
+    """How often a kernel ran in this process: "update", "threaded_gather" (of them), "cross_entropy",
+    "cuda" (of both); 0 on the reference path."""
     module = _native.module()
     return module.kernel_calls()[name] if module is not None else 0
 

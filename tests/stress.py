@@ -20,6 +20,7 @@ import torch
 import fastopt
 
 SIZES = (300_000, 5, 70_000, 1)  # some whose steps let the interpreter go
+MANY_SIZES = (7,) * 150  # gathered by several threads
 CLASSES = {
     "SGD": dict(lr=1e-3, momentum=0.9),
     "RMSprop": dict(lr=1e-3, momentum=0.9, centered=True),
@@ -50,8 +51,8 @@ def attempt(name, action):
 class Actions:
     """What the threads do to one optimizer and its parameters."""
 
-    def __init__(self, name):
-        self.params = [torch.nn.Parameter(torch.randn(size)) for size in SIZES]
+    def __init__(self, name, sizes):
+        self.params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
         self.optimizer = getattr(fastopt, name)(self.params, **CLASSES[name])
         self.replace_gradient()
 
@@ -140,7 +141,8 @@ def check(actions):
 
 
 def main(n_seconds):
-    actions, losses = [Actions(name) for name in CLASSES], Losses()
+    actions = [Actions(name, SIZES) for name in CLASSES] + [Actions(name, MANY_SIZES) for name in CLASSES]
+    losses = Losses()
     inside = False
 
     def interrupt(*_):

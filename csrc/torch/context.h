@@ -160,6 +160,7 @@ inline cpu::Threads torch_threads() {
 // Calls that reached a kernel, so that a test can prove which path ran.
 struct KernelCalls {
   std::atomic<int64_t> update{0};
+  std::atomic<int64_t> threaded_gather{0};  // updates whose tensors were gathered by several threads
   std::atomic<int64_t> cross_entropy{0};
   std::atomic<int64_t> cuda{0};  // of both, those that the CUDA library took
 };

@@ -25,9 +25,9 @@ bool MemoryOverlap::is_found() {
 }
 
 void MemoryOverlap::grow() {
-  const size_t n = written_.size();
-  written_.resize(std::max<size_t>(2 * n, 16));
-  next_ = written_.data() + n;
+  const size_t n_used = written().size();
+  written_.resize(std::max<size_t>(2 * written_.size(), 16));
+  next_ = written_.data() + n_used;
   end_ = written_.data() + written_.size();
 }
 

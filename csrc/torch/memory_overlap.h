@@ -45,6 +45,17 @@ class MemoryOverlap {
   struct Written {
     Memory memory;
     c10::TensorImpl* tensor;
+
+    // Whether it was another.
+    bool replace(const Memory& now, c10::TensorImpl* its_tensor) {
+      tensor = its_tensor;
+      if (memory.begin == now.begin && memory.end == now.end && memory.storage == now.storage &&
+          memory.is_own == now.is_own) {
+        return false;
+      }
+      memory = now;
+      return true;
+    }
   };
   struct Read {
     Memory memory;
@@ -57,18 +68,24 @@ class MemoryOverlap {
     reads_.clear();
   }
   void add_written(const Memory& memory, c10::TensorImpl* tensor) {
-    if (next_ == end_) grow();
-    next_->tensor = tensor;
-    Memory& last = next_++->memory;
-    if (last.begin == memory.begin && last.end == memory.end && last.storage == memory.storage &&
-        last.is_own == memory.is_own) {
-      return;
-    }
-    last = memory;
-    is_checked_ = false;
+    note_changes(written_room(1)->replace(memory, tensor));
   }
   void add_read(const Memory& memory, c10::TensorImpl* tensor) {
     reads_.push_back({memory, tensor, tensor->unsafe_storage()});
+  }
+
+  // Room for more, to be filled; then note_changes() must hear whether any of them was replaced by another.
+  Written* written_room(size_t n) {
+    while (static_cast<size_t>(end_ - next_) < n) grow();
+    next_ += n;
+    return next_ - n;
+  }
+  Read* read_room(size_t n) {
+    reads_.resize(reads_.size() + n);
+    return reads_.data() + reads_.size() - n;
+  }
+  void note_changes(bool is_any) {
+    if (is_any) is_checked_ = false;
   }
 
   std::span<const Written> written() const { return {written_.data(), static_cast<size_t>(next_ - written_.data())}; }

@@ -18,12 +18,6 @@ inline bool is_ordinary_tensor(PyObject* object) {
   return THPVariable_CheckTypeExact(Py_TYPE(object)) || is_ordinary_subclass(Py_TYPE(object));
 }
 
-// Of a tensor that C++ holds: it has no Python object, or an ordinary one.
-inline bool is_ordinary(const at::Tensor& tensor) {
-  PyObject* object = tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
-  return object == nullptr || is_ordinary_tensor(object);
-}
-
 // A dict, defaultdict or OrderedDict itself; a subclass may look its items up in its own way.
 bool is_ordinary_dict(PyObject* object);
 

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "torch/group_reader.h"
-#include "torch/ordinary.h"
 
 namespace fastopt {
 
@@ -35,11 +34,10 @@ class StateWalk {
   std::vector<Item> items_;
 };
 
-// What a parameter's state has by that name, or null. States made by torch have interned keys, so pointers are compared
-// first.
-inline PyObject* find_item(PyObject* own_state, const char* name) {
+// What a parameter's state has under an interned key, or null. States made by torch have interned keys, so pointers are
+// compared first.
+inline PyObject* find_item(PyObject* own_state, PyObject* wanted) {
   if (!own_state) return nullptr;
-  PyObject* const wanted = interned(name);
   Py_ssize_t position = 0;
   PyObject *key, *value;
   while (PyDict_Next(own_state, &position, &key, &value)) {
@@ -50,12 +48,6 @@ inline PyObject* find_item(PyObject* own_state, const char* name) {
     if (PyUnicode_Check(key) && PyUnicode_Compare(key, wanted) == 0) return value;
   }
   return nullptr;
-}
-
-// The same, if it is an ordinary tensor.
-inline const at::Tensor* find_tensor(PyObject* own_state, const char* name) {
-  PyObject* const found = find_item(own_state, name);
-  return found && THPVariable_Check(found) && is_ordinary_tensor(found) ? &THPVariable_Unpack(found) : nullptr;
 }
 
 }  // namespace fastopt

@@ -1,23 +1,27 @@
 // A step from Python's objects: what is checked before anything changes, what the kernels get, what is kept.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
-#include <array>
-#include <iterator>  // size
-#include <utility>   // move
+#include <algorithm>  // min
+#include <iterator>   // size
+#include <utility>    // move
 #include <vector>
 
 #include "torch/families.h"
+#include "torch/found_param.h"
+#include "torch/made_states.h"
 #include "torch/odd_params.h"
 #include "torch/optimizer_reader.h"
-#include "torch/state_reader.h"
-#include "torch/update_batch.h"
+#include "torch/step_groups.h"
 
 namespace fastopt {
 
 // Elements from which the interpreter is let go while kernels run.
 constexpr int64_t kMinElementsToReleaseGil = 1 << 16;
+
+// Parameters below which another thread that gathers costs more than it saves.
+constexpr int64_t kMinParamsPerThread = 64;
+// Most steps before the next try, where one was not for several threads.
+constexpr int kMaxStepsApart = 16;
 
 // One thread at a time steps.
 template <class Family>
@@ -68,31 +72,25 @@ class Stepper {
   const char* why_not() const { return why_not_; }
 
  private:
-  struct Group {
-    py::object dict;  // held: reading another group's options may run Python code
-    Options options;
-    bool is_capturable;
-    bool wants_device_steps;  // as torch places them: capturable or fused
-    at::Tensor device_lr;     // or undefined
-  };
+  using Group = typename StepGroups<Family>::Group;
 
   struct Entry {
-    size_t group;
-    double count;  // of steps, this one included; 0 if the kernel counts
-    void* step;    // the number in the step tensor, or null
-    c10::TensorImpl* step_tensor;
-    bool is_step_double;
-
-    double next_count() const {
-      if (is_step_double) return *static_cast<const double*>(step) + 1;
-      return static_cast<double>(*static_cast<const float*>(step) + 1);
-    }
+    size_t group = 0;
+    double count = 0;  // of steps, this one included; 0 if the kernel counts
+    StepNumber step;
   };
 
-  // A state that is made in this step, and the dict that takes it: null until the parameter has one.
-  struct MadeState {
-    at::Tensor tensor;
-    py::object own_state;
+  // What the last step knew of a parameter.
+  struct Guess {
+    size_t state;  // where it was in the walk
+    bool has_gradient = true;
+  };
+
+  // A parameter of a step that several threads read.
+  struct Listed {
+    PyObject* object;
+    size_t group;
+    int64_t place;  // among those that have a gradient, if it has one
   };
 
   bool refuse(const char* why) {
@@ -105,10 +103,8 @@ class Stepper {
     entries_.clear();
     groups_.clear();
     made_states_.clear();
-    without_state_.clear();
     odd_.clear();
     optimizer_.clear();
-    last_rule_ = -1;
   }
 
   // Checks everything and changes nothing, but that a parameter may get an empty state.
@@ -119,17 +115,18 @@ class Stepper {
     for (;;) {
       clear();
       if (!optimizer_.read(optimizer, reads_scaling)) return refuse(optimizer_.why_not());
+      must_know_ = false;
       is_scaled_ = optimizer_.grad_scale() || optimizer_.found_inf();
       // Options first, for they may run Python code; then tensors, while no other thread can change them.
-      if (!read_groups(optimizer_.groups()) || !gather(optimizer_.state())) return false;
+      if (const char* fault = groups_.read(optimizer_.groups())) return refuse(fault);
+      if (!gather(optimizer_.state())) return false;
       is_skipped_ = must_know_ && optimizer_.found_inf() && optimizer_.found_inf()->item().toDouble() > 0;
-      if (is_skipped_ || without_state_.empty()) break;
-      if (odd_.is_search() || !makes_dicts(optimizer_.state())) return refuse("a parameter has no state");
-      add_empty_states(optimizer_.state());
+      if (is_skipped_ || !made_states_.lack_dicts()) break;
+      if (odd_.is_search() || !made_states_.add_dicts(optimizer_.state())) return refuse("a parameter has no state");
     }
     if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
-    if (Family::kHasStep && !is_capturable_ && batch_.is_capturing()) {
+    if (Family::kHasStep && !groups_.is_capturable() && batch_.is_capturing()) {
       return refuse("a CUDA graph is captured, and capturable is not set");
     }
     return true;
@@ -146,112 +143,63 @@ class Stepper {
     } else {
       batch_.run(optimizer_.grad_scale(), found_inf);
     }
-    keep_made_states();
-    return true;
-  }
-
-  bool read_groups(PyObject* groups) {
-    is_capturable_ = true;
-    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
-      auto dict = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(groups, g));
-      if (!is_ordinary_dict(dict.ptr())) return refuse("a param group is not a dict");
-      GroupReader reader(dict.ptr());
-      Options options;
-      if (!Family::read(reader, options)) return refuse("a hyper-parameter is not a plain number, or out of range");
-      const bool is_capturable = reader.flag_or_false("capturable"), is_fused = reader.flag_or_false("fused");
-      if (reader.flag_or_false("differentiable")) return refuse("differentiable is set");
-      if (reader.flag_or_false("foreach") && !is_capturable && THPVariable_Check(reader.find("lr"))) {
-        return refuse("foreach with a tensor lr");
-      }
-      is_capturable_ &= is_capturable;
-      groups_.push_back({std::move(dict), options, is_capturable, is_capturable || is_fused, reader.lr_on_device()});
-    }
+    if constexpr (Family::kMakesStates) made_states_.keep(Family::kStates[0]);
     return true;
   }
 
   bool gather(PyObject* state) {
-    must_know_ = false;
     walk_.read(state);
-    size_t n_params = 0;
+    if (may_gather_together() && gather_together()) return true;
     const bool leaves_some = odd_.leaves_some();
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      PyObject* const params = GroupReader(groups_[g].dict.ptr()).find("params");
-      if (!params || !PyList_CheckExact(params)) return refuse("a group's params are not a list");
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-        if (guesses_.size() <= n_params) guesses_.push_back(n_params);
-        PyObject* const param = PyList_GET_ITEM(params, i);
-        size_t& guess = guesses_[n_params++];
-        if (leaves_some && odd_.is_left_alone(param)) continue;
-        if (!gather_param(g, param, guess) && !odd_.take_refused(param)) return false;
-      }
-    }
-    return true;
+    size_t n_params = 0;
+    return groups_.for_each_param(why_not_, [&](size_t group, PyObject* param) __attribute__((always_inline)) {
+      Guess& guess = guess_of(n_params++);
+      if (leaves_some && odd_.is_left_alone(param)) return true;
+      return gather_param(group, param, guess) || odd_.take_refused(param);
+    });
   }
 
-  [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, size_t& guess) {
-    if (!THPVariable_Check(object)) return refuse("a parameter is not a tensor");
-    const at::Tensor& param = THPVariable_Unpack(object);
-    if (!is_ordinary_tensor(object)) return refuse("a parameter's class overrides what a step does");
-    const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
-    if (!grad.defined()) return true;
-    if (!is_ordinary(grad)) return refuse("a gradient's class overrides what a step does");
+  Guess& guess_of(size_t i) {
+    if (guesses_.size() <= i) guesses_.push_back({i});
+    return guesses_[i];
+  }
 
+  [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, Guess& guess) {
     const Group& group = groups_[group_index];
-    const Options& options = group.options;
+    FoundParam found;
+    const char* fault = find_param<Family, false>(object, group.options, keys_, walk_, guess.state, found);
+    if (fault) return refuse(fault);
+    guess.has_gradient = found.tensors.grad != nullptr;
+    if (!guess.has_gradient) return true;
+
+    const at::Tensor& param = *found.tensors.param;
     const bool is_cuda = backend_of(param) == Backend::kCuda;
     if (group.is_capturable && !is_cuda) return refuse("capturable is set for a parameter on the CPU");
     if (group.device_lr.defined() && (!is_cuda || group.device_lr.device() != param.device())) {
       return refuse("lr is on another device");
     }
-    Entry entry{group_index, 0, nullptr, nullptr, false};
-    bool is_first = false;
+    Entry entry{group_index};
     const at::Tensor* step_on_device = nullptr;
-    std::array<const at::Tensor*, kMaxFamilyStates + 1> states{};
-    int n_states = 0;
-    bool uses_any = Family::kHasStep;
-    for (int s = 0; s < kMaxFamilyStates; ++s) uses_any |= Family::uses_state(options, s);
-    PyObject* const own_state = uses_any ? walk_.find(object, guess) : nullptr;
-    if (own_state && !is_ordinary_dict(own_state)) return refuse("a parameter's state is not a dict");
     if constexpr (Family::kHasStep) {
-      const at::Tensor* step = find_tensor(own_state, "step");
-      if (!step) return refuse("state is not there yet");
-      entry.is_step_double = step->scalar_type() == at::kDouble;
-      if (step->numel() != 1 || !(entry.is_step_double || step->scalar_type() == at::kFloat)) {
-        return refuse("a step is not a number");
-      }
-      if (step->is_inference()) return refuse("a step was made in inference mode");
+      const at::Tensor& step = *found.step;
       // A default device places steps too, whatever the options.
-      const bool is_on_device = group.wants_device_steps || !is_plain_cpu(*step);
-      if (is_cuda && is_on_device && backend_of(*step) == Backend::kCuda) {
-        if (step->device() != param.device()) return refuse("a step is on another device");
-        step_on_device = step;
+      const bool is_on_device = group.wants_device_steps || !is_plain_cpu(step);
+      if (is_cuda && is_on_device && backend_of(step) == Backend::kCuda) {
+        if ((fault = StepNumber::fault_of(step))) return refuse(fault);
+        if (step.device() != param.device()) return refuse("a step is on another device");
+        step_on_device = &step;
       } else {
         if (group.is_capturable || is_scaled_) return refuse("a step is not on its parameter's device");
-        if (!is_plain_cpu(*step)) return refuse("a step is not in CPU memory");
-        check_backed(*step, "a step");
-        entry.step_tensor = step->unsafeGetTensorImpl();
-        entry.step = step->mutable_data_ptr();
-        entry.count = entry.next_count();
-        if (!(entry.count >= 1)) return refuse("a step is negative");
+        if ((fault = entry.step.read(step))) return refuse(fault);
+        entry.count = entry.step.next();
       }
+    } else {
+      const bool is_first = made_states_.make(object, found);
+      // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
+      must_know_ |= is_first && is_scaled_;
+      entry.count = is_first ? 1 : 2;
     }
-    for (int s = 0; s < kMaxFamilyStates; ++s) {
-      if (!Family::uses_state(options, s)) continue;
-      const at::Tensor* tensor = find_tensor(own_state, Family::kStates[s]);
-      if (!tensor) {
-        PyObject* const other = find_item(own_state, Family::kStates[s]);
-        if (!Family::kMakesStates || (other && other != Py_None)) return refuse("state is not there yet");
-        // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
-        must_know_ |= is_scaled_;
-        if (!own_state) without_state_.push_back(py::reinterpret_borrow<py::object>(object));
-        made_states_.push_back({at::empty_like(param), py::reinterpret_borrow<py::object>(own_state)});
-        tensor = &made_states_.back().tensor;
-        is_first = true;
-      }
-      states[n_states++] = tensor;
-    }
-    if (!Family::kHasStep) entry.count = is_first ? 1 : 2;
-    if (!batch_.add(param, grad, states.data(), n_states)) {
+    if (!batch_.add(found.tensors)) {
       odd_.note_refused(object);
       return refuse(batch_.why_not());
     }
@@ -260,47 +208,86 @@ class Stepper {
     return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
   }
 
-  // Gives a tensor the rule of its group and count; false if there is none for its dtype.
-  bool give_rule(int64_t i) {
-    const Entry& entry = entries_[i];
-    const Group& group = groups_[entry.group];
-    const DType dtype = batch_.dtype(i);
-    if (last_rule_ < 0 || entry.group != last_group_ || entry.count != last_count_ || dtype != last_dtype_) {
-      StepCount count(entry.count);
-      count.is_on_device = entry.count == 0 || group.device_lr.defined();
-      if (group.device_lr.defined()) {
-        count.lr = group.device_lr.const_data_ptr();
-        count.lr_dtype = *dtype_of(group.device_lr);
-      }
-      const auto rule = Family::rule(dtype, group.options, count);
-      if (!rule) return false;
-      last_rule_ = batch_.add_rule(*rule);
-      last_group_ = entry.group;
-      last_count_ = entry.count;
-      last_dtype_ = dtype;
+  // Whether this may be a step of many ordinary parameters in CPU memory; the first step is taken for one of few.
+  bool may_gather_together() {
+    if (guesses_.size() < 2 * kMinParamsPerThread) return false;
+    if (n_steps_apart_ > 0) {
+      --n_steps_apart_;
+      return false;
     }
-    batch_.set_rule(i, last_rule_);
+    if (is_scaled_ || odd_.is_search() || odd_.leaves_some() || cuda_service().takes_cpu) return false;
+    for (const Group& group : groups_.all()) {
+      if (group.is_capturable || group.device_lr.defined()) return false;
+    }
     return true;
   }
 
-  // Whether looking up a parameter that has no state makes an empty one: in a plain dict it is an error.
-  static bool makes_dicts(PyObject* state) {
-    const auto factory = py::reinterpret_steal<py::object>(PyObject_GetAttrString(state, "default_factory"));
-    PyErr_Clear();
-    return factory.ptr() == reinterpret_cast<PyObject*>(&PyDict_Type);
+  // Gathers all parameters if many have gradients, some on each thread; or none, if one of them is for gather_param().
+  bool gather_together() {
+    listed_.clear();
+    int64_t n_places = 0;
+    const char* fault = nullptr;
+    groups_.for_each_param(fault, [&](size_t group, PyObject* param) {
+      const Guess& guess = guess_of(listed_.size());
+      listed_.push_back({param, group, n_places});
+      n_places += guess.has_gradient;
+      return true;
+    });
+    cpu::Threads threads = torch_threads();
+    threads.count = static_cast<int>(std::min<int64_t>(threads.count, n_places / kMinParamsPerThread));
+    if (fault || threads.count < 2) return false;
+    int n_states = 0;
+    for (int s = 0; s < kMaxFamilyStates; ++s) n_states += Family::uses_state(groups_[0].options, s);
+    entries_.resize(n_places);
+    bool is_done = batch_.add_together(
+        static_cast<int64_t>(listed_.size()), n_places, n_states, threads,
+        [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], guesses_[i], place); });
+    for (int64_t i = 0; is_done && i < n_places; ++i) is_done = give_rule(i);
+    if (is_done) {
+      ++kernel_calls().threaded_gather;
+      next_steps_apart_ = 1;
+      return true;
+    }
+    n_steps_apart_ = next_steps_apart_;
+    next_steps_apart_ = std::min(2 * next_steps_apart_, kMaxStepsApart);
+    batch_.clear();
+    entries_.clear();
+    groups_.forget_rules();
+    return false;
   }
 
-  // Gives each parameter that has none a state to which the one made in this step is added. Runs Python code.
-  void add_empty_states(PyObject* state) {
-    const auto params = std::move(without_state_);
-    for (const py::object& param : params) {
-      if (!PyDict_SetDefault(state, param.ptr(), py::dict().ptr())) throw py::error_already_set();
+  // On any thread: gives place() the tensors of a parameter that is an ordinary one, and returns whether it is.
+  template <class Place>
+  [[gnu::always_inline]] bool take(const Listed& listed, Guess& guess, Place&& place) {
+    FoundParam found;
+    const auto& options = groups_[listed.group].options;
+    if (find_param<Family, true>(listed.object, options, keys_, walk_, guess.state, found)) return false;
+    const bool has_gradient = found.tensors.grad != nullptr;
+    if (has_gradient != guess.has_gradient) return false;
+    if (!has_gradient) return true;
+    for (int s = 0; s < found.tensors.n_states; ++s) {
+      if (!found.tensors.states[s]) return false;
     }
+    Entry entry{listed.group, 2};
+    if constexpr (Family::kHasStep) {
+      if (entry.step.read(*found.step)) return false;
+      entry.count = entry.step.next();
+    }
+    entries_[listed.place] = entry;
+    return place(found.tensors, listed.place);
+  }
+
+  // Gives a tensor the rule of its group and count; false if there is none for its dtype.
+  bool give_rule(int64_t i) {
+    const int32_t rule = groups_.rule(entries_[i].group, entries_[i].count, batch_.dtype(i), batch_);
+    if (rule < 0) return false;
+    batch_.set_rule(i, rule);
+    return true;
   }
 
   std::vector<const void*> steps_in_memory() const {
     std::vector<const void*> steps;
-    for (const Entry& entry : entries_) steps.push_back(entry.step);
+    for (const Entry& entry : entries_) steps.push_back(entry.step.in_memory);
     return steps;
   }
 
@@ -308,27 +295,12 @@ class Stepper {
   void count_steps() {
     for (int64_t i = 0; i < batch_.size(); ++i) {
       Entry& entry = entries_[i];
-      if (!entry.step) continue;
-      const double count = entry.next_count();
-      if (entry.is_step_double) {
-        *static_cast<double*>(entry.step) = count;
-      } else {
-        *static_cast<float*>(entry.step) = static_cast<float>(count);
-      }
-      entry.step_tensor->bump_version();
+      if (!entry.step.in_memory) continue;
+      const double count = entry.step.next();
+      entry.step.write(count);
       if (count == entry.count) continue;
       entry.count = count;  // parameters share a count, which has moved since it was read
       give_rule(i);
-    }
-  }
-
-  // No Python code runs: nothing can come between the update and its state.
-  void keep_made_states() {
-    for (MadeState& made : made_states_) {
-      const auto tensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made.tensor)));
-      if (!tensor || PyDict_SetItem(made.own_state.ptr(), interned(Family::kStates[0]), tensor.ptr()) != 0) {
-        throw py::error_already_set();
-      }
     }
   }
 
@@ -337,20 +309,17 @@ class Stepper {
   StateWalk walk_;
   OddParams odd_;
   std::vector<Entry> entries_;
-  std::vector<Group> groups_;
-  std::vector<MadeState> made_states_;
-  std::vector<py::object> without_state_;  // parameters
+  StepGroups<Family> groups_;
+  MadeStates made_states_;
   bool is_scaled_ = false;
-  bool must_know_ = false;       // before the launch, whether a scaler skips the step
-  bool is_skipped_ = false;      // it does
-  bool is_capturable_ = true;    // every group
-  std::vector<size_t> guesses_;  // where each parameter's state was in the walk
+  bool must_know_ = false;      // before the launch, whether a scaler skips the step
+  bool is_skipped_ = false;     // it does
+  std::vector<Guess> guesses_;  // of each parameter
+  std::vector<Listed> listed_;
+  const StateKeys<Family> keys_;
+  int n_steps_apart_ = 0;  // from now on
+  int next_steps_apart_ = 1;
   const char* why_not_ = "";
-
-  int32_t last_rule_ = -1;  // and what it was made for
-  size_t last_group_ = 0;
-  double last_count_ = 0;
-  DType last_dtype_{};
 };
 
 }  // namespace fastopt

@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/impl/COW.h>
 
 #include "cpu/update.h"
 
@@ -22,6 +23,10 @@ Likeness likeness(const at::Tensor& tensor, const at::Tensor& param) {
   }
   const bool lies_alike = has_same_strides || (tensor.is_contiguous() && param.is_contiguous());
   return lies_alike ? Likeness::kSame : Likeness::kOtherLayout;
+}
+
+bool is_lazy_clone(const at::Tensor& tensor) {
+  return c10::impl::cow::is_cow_data_ptr(tensor.unsafeGetTensorImpl()->unsafe_storage().data_ptr());
 }
 
 }  // namespace
@@ -68,74 +73,119 @@ void UpdateBatch::count_on_device(int64_t i, const at::Tensor& step) {
   overlap_.add_written(memory, step.unsafeGetTensorImpl());
 }
 
-bool UpdateBatch::add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states) {
+// Why no kernel can update the tensors, or null.
+const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
+  const at::Tensor &param = *tensors.param, &grad = *tensors.grad;
   const Backend backend = backend_of(param);
   const auto lies_with_param = [&](const at::Tensor& tensor) {
     if (backend == Backend::kCpu) return is_plain_cpu(tensor);
     return backend_of(tensor) == backend && tensor.device() == param.device();
   };
-  if (backend == Backend::kNone || param.is_inference()) return refuse("a parameter is not an ordinary tensor");
-  if (!lies_with_param(grad)) return refuse("a gradient is not an ordinary tensor on its parameter's device");
+  if (backend == Backend::kNone || param.is_inference()) return "a parameter is not an ordinary tensor";
+  if (!lies_with_param(grad)) return "a gradient is not an ordinary tensor on its parameter's device";
   const at::ScalarType type = param.scalar_type();
   const auto dtype = dtype_of(type);
-  if (!dtype) return refuse("a parameter's dtype has no kernel");
-  if (grad.scalar_type() != type) return refuse("a gradient's dtype is not its parameter's");
+  if (!dtype) return "a parameter's dtype has no kernel";
+  if (grad.scalar_type() != type) return "a gradient's dtype is not its parameter's";
   const Likeness grad_likeness = likeness(grad, param);
-  if (grad_likeness == Likeness::kOtherShape) return refuse("a gradient's shape is not its parameter's");
-  if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) return refuse("a parameter is not dense");
+  if (grad_likeness == Likeness::kOtherShape) return "a gradient's shape is not its parameter's";
+  if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) return "a parameter is not dense";
   at::ScalarType state_type = type;
-  for (int s = 0; s < n_states; ++s) {
-    const at::Tensor& state = *states[s];
+  for (int s = 0; s < tensors.n_states; ++s) {
+    const at::Tensor& state = *tensors.states[s];
     if (!lies_with_param(state) || state.is_inference()) {
-      return refuse("a state is not an ordinary tensor on its parameter's device");
+      return "a state is not an ordinary tensor on its parameter's device";
     }
     if (s == 0) state_type = state.scalar_type();
-    if (state.scalar_type() != state_type) return refuse("a state's dtype is not its parameter's");
+    if (state.scalar_type() != state_type) return "a state's dtype is not its parameter's";
     const Likeness state_likeness = likeness(state, param);
-    if (state_likeness == Likeness::kOtherShape) return refuse("a state's shape is not its parameter's");
-    if (state_likeness == Likeness::kOtherLayout) return refuse("a state's layout is not its parameter's");
+    if (state_likeness == Likeness::kOtherShape) return "a state's shape is not its parameter's";
+    if (state_likeness == Likeness::kOtherLayout) return "a state's layout is not its parameter's";
   }
   const auto state_dtype = state_type == type ? dtype : dtype_of(state_type);
   if (state_dtype != dtype &&
       (backend == Backend::kCpu || !state_dtype || !cuda::has_update_kernel(*dtype, *state_dtype))) {
-    return refuse("a state's dtype is not its parameter's");
+    return "a state's dtype is not its parameter's";
   }
-  if (devices_.empty() || devices_[place_].device != param.device() || devices_[place_].backend != backend) {
-    place_ = place_of(param.device(), backend);
-  }
+  kind = {backend, *dtype, *state_dtype, grad_likeness == Likeness::kSame};
+  return nullptr;
+}
 
+// The gradient must be laid out as the parameter. Returns whether what is written is another than in the last step.
+bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const Kind& kind, MemoryOverlap::Written* written,
+                       MemoryOverlap::Read& read) const {
   const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
-  if (slabs_.size() == places_.size()) slabs_.emplace_back();
-  Slab& slab = slabs_[places_.size()];
-  const int64_t numel = param.numel();
+  const at::Tensor &param = *tensors.param, &grad = *tensors.grad;
+  const int64_t numel = param.numel(), item_bytes = bytes_of(kind.dtype), state_item_bytes = bytes_of(kind.state_dtype);
+  // What raises an error comes first.
+  const Memory grad_memory =
+      memory_of(grad, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
+  const Memory param_memory =
+      memory_of(param, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/true, "a parameter");
+  std::array<Memory, kMaxStates> states;
+  for (int s = 0; s < tensors.n_states; ++s) {
+    states[s] = memory_of(*tensors.states[s], numel * state_item_bytes, state_item_bytes, own_deleter,
+                          /*is_written=*/true, "a state");
+  }
   replace(slab.numel, numel);
-  replace(slab.dtype, *dtype);
-  replace(slab.state_dtype, *state_dtype);
+  replace(slab.dtype, kind.dtype);
+  replace(slab.state_dtype, kind.state_dtype);
   replace(slab.step, static_cast<void*>(nullptr));
-  const int64_t item_bytes = bytes_of(*dtype), state_item_bytes = bytes_of(*state_dtype);
-  const at::Tensor* laid_out = &grad;
-  if (grad_likeness == Likeness::kOtherLayout) {
+  replace(slab.grad, static_cast<const void*>(grad_memory.begin));
+  replace(slab.param, static_cast<void*>(param_memory.begin));
+  for (int s = 0; s < tensors.n_states; ++s) replace(slab.state[s], static_cast<void*>(states[s].begin));
+  read = {grad_memory, grad.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl()->unsafe_storage()};
+  bool is_changed = written[0].replace(param_memory, param.unsafeGetTensorImpl());
+  for (int s = 0; s < tensors.n_states; ++s) {
+    is_changed |= written[s + 1].replace(states[s], tensors.states[s]->unsafeGetTensorImpl());
+  }
+  return is_changed;
+}
+
+bool UpdateBatch::add(const ParamTensors& tensors) {
+  Kind kind;
+  if (const char* fault = find_fault(tensors, kind)) return refuse(fault);
+  const at::Tensor &param = *tensors.param, &grad = *tensors.grad;
+  if (devices_.empty() || devices_[place_].device != param.device() || devices_[place_].backend != kind.backend) {
+    place_ = place_of(param.device(), kind.backend);
+  }
+  ParamTensors alike = tensors;
+  if (!kind.is_grad_alike) {
     check_backed(grad, "a gradient");
     const auto [begin, end] = memory_range(grad);
     overlap_.add_read({begin, end, grad.storage().unsafeGetStorageImpl(), /*is_own=*/false},
                       grad.unsafeGetTensorImpl());
     copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options().requires_grad(false)));
     copies_.back().copy_(grad.detach());
-    laid_out = &copies_.back();
+    alike.grad = &copies_.back();
   }
-  const Memory read =
-      memory_of(*laid_out, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
-  overlap_.add_read(read, laid_out->unsafeGetTensorImpl());
-  replace(slab.grad, static_cast<const void*>(read.begin));
-  const auto write = [&](const at::Tensor& tensor, int64_t bytes, const char* name) {
-    const Memory memory = memory_of(tensor, numel * bytes, bytes, own_deleter, /*is_written=*/true, name);
-    overlap_.add_written(memory, tensor.unsafeGetTensorImpl());
-    return static_cast<void*>(memory.begin);
-  };
-  replace(slab.param, write(param, item_bytes, "a parameter"));
-  for (int s = 0; s < n_states; ++s) replace(slab.state[s], write(*states[s], state_item_bytes, "a state"));
+  if (slabs_.size() == places_.size()) slabs_.emplace_back();
+  Slab& slab = slabs_[places_.size()];
+  MemoryOverlap::Written* const written = overlap_.written_room(tensors.n_states + 1);
+  overlap_.note_changes(fill(slab, alike, kind, written, *overlap_.read_room(1)));
   places_.push_back(static_cast<int16_t>(place_));
-  numel_ += numel;
+  numel_ += slab.numel;
+  return true;
+}
+
+UpdateBatch::Places UpdateBatch::make_places(int64_t n_params, int n_states) {
+  place_ = place_of(c10::Device(c10::kCPU), Backend::kCpu);
+  places_.assign(n_params, static_cast<int16_t>(place_));
+  if (slabs_.size() < places_.size()) slabs_.resize(places_.size());
+  return {n_states, overlap_.written_room(n_params * (n_states + 1)), overlap_.read_room(n_params)};
+}
+
+bool UpdateBatch::fill(const ParamTensors& tensors, int64_t i, const Places& places, bool& is_changed) {
+  Kind kind;
+  if (tensors.n_states != places.n_states || find_fault(tensors, kind) || kind.backend != Backend::kCpu ||
+      !kind.is_grad_alike || is_lazy_clone(*tensors.param)) {
+    return false;
+  }
+  // Two tensors whose one copy is due may not get it on two threads.
+  for (int s = 0; s < tensors.n_states; ++s) {
+    if (is_lazy_clone(*tensors.states[s])) return false;
+  }
+  is_changed |= fill(slabs_[i], tensors, kind, places.written + i * (places.n_states + 1), places.reads[i]);
   return true;
 }
 

@@ -3,14 +3,25 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
+#include <atomic>
 #include <vector>
 
+#include "cpu/parallel.h"
 #include "rules/rules.h"
 #include "torch/context.h"
 #include "torch/memory_overlap.h"
 #include "torch/update_cuda.h"
 
 namespace fastopt {
+
+// A parameter, its gradient and its states.
+struct ParamTensors {
+  const at::Tensor* param;
+  const at::Tensor* grad;
+  std::array<const at::Tensor*, kMaxStates> states;
+  int n_states;
+};
 
 class UpdateBatch {
  public:
@@ -20,7 +31,38 @@ class UpdateBatch {
   // The rule is given when all tensors are taken: set_rule(index of the tensor, rule). Keeps the gradient, which
   // autograd may replace without the interpreter lock; the others live as long as they are where the caller found them.
   // Raises RuntimeError if the memory of one has been freed.
-  bool add(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* const* states, int n_states);
+  bool add(const ParamTensors& tensors);
+
+  // Takes parameters on several threads. `take(i, place)`, for each i in [0, n), on any of them: gives place(tensors,
+  // where), with each of [0, n_places) once, and returns what it does; each of the parameters has n_states, and is an
+  // ordinary one in CPU memory. If one is not, returns false; then clear() must follow. After clear().
+  template <class F>
+  bool add_together(int64_t n, int64_t n_places, int n_states, const cpu::Threads& threads, F&& take) {
+    const Places places = make_places(n_places, n_states);
+    std::atomic<int64_t> numel{0};
+    std::atomic<bool> is_all{true}, is_changed{false};
+    cpu::run_tasks(threads, threads.count, [&](int64_t part) {
+      int64_t part_numel = 0;
+      bool is_taken = true, is_part_changed = false;
+      const auto place = [&](const ParamTensors& tensors, int64_t where) __attribute__((always_inline)) {
+        if (!fill(tensors, where, places, is_part_changed)) return false;
+        part_numel += slabs_[where].numel;
+        return true;
+      };
+      try {
+        const int64_t end = (part + 1) * n / threads.count;
+        for (int64_t i = part * n / threads.count; is_taken && i < end; ++i) is_taken = take(i, place);
+      } catch (...) {
+        is_taken = false;  // whoever takes one after the other will tell
+      }
+      numel += part_numel;
+      if (!is_taken) is_all = false;
+      if (is_part_changed) is_changed = true;
+    });
+    numel_ = numel;
+    overlap_.note_changes(is_changed);
+    return is_all;
+  }
   int64_t size() const { return static_cast<int64_t>(places_.size()); }
   DType dtype(int64_t i) const { return slabs_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
@@ -66,6 +108,25 @@ class UpdateBatch {
     if (last != value) last = value;
   }
 
+  // How the tensors of a parameter are, if a kernel can update them.
+  struct Kind {
+    Backend backend;
+    DType dtype, state_dtype;
+    bool is_grad_alike;  // laid out as the parameter
+  };
+
+  // Of parameters that are added together.
+  struct Places {
+    int n_states;
+    MemoryOverlap::Written* written;
+    MemoryOverlap::Read* reads;
+  };
+
+  static const char* find_fault(const ParamTensors& tensors, Kind& kind);
+  bool fill(Slab& slab, const ParamTensors& tensors, const Kind& kind, MemoryOverlap::Written* written,
+            MemoryOverlap::Read& read) const;
+  Places make_places(int64_t n_params, int n_states);
+  bool fill(const ParamTensors& tensors, int64_t i, const Places& places, bool& is_changed);
   size_t place_of(c10::Device device, Backend backend);
   void run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf);
 

@@ -2,8 +2,6 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
-#include <array>
-
 #include "torch/families.h"
 #include "torch/operators.h"
 #include "torch/update_batch.h"
@@ -30,14 +28,12 @@ void update(at::TensorList params, at::TensorList grads, std::initializer_list<a
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && params[i].requires_grad()), "fastopt::", Family::kName,
                 "_: a param that requires grad is updated in place; call it under torch.no_grad()");
-    std::array<const at::Tensor*, kMaxStates> own_states{};
-    int n_states = 0;
+    ParamTensors tensors{&params[i], &grads[i], {}, 0};
     s = 0;
     for (const at::TensorList& list : states) {
-      if (Family::uses_state(options, s++)) own_states[n_states++] = &list[i];
+      if (Family::uses_state(options, s++)) tensors.states[tensors.n_states++] = &list[i];
     }
-    TORCH_CHECK(batch.add(params[i], grads[i], own_states.data(), n_states), "fastopt::", Family::kName,
-                "_: ", batch.why_not(), " (index ", i, ")");
+    TORCH_CHECK(batch.add(tensors), "fastopt::", Family::kName, "_: ", batch.why_not(), " (index ", i, ")");
     if (Family::kHasStep) {
       const bool is_number = steps[i].numel() == 1 && steps[i].is_floating_point();
       const bool is_on_device = batch.is_cuda(i) && steps[i].device() == params[i].device() &&

@@ -1,0 +1,121 @@
+// What a step reads of a parameter in Python's objects. Nothing changes; references are borrowed.
+#pragma once
+
+#include <array>
+#include <iterator>  // size
+
+#include "torch/ordinary.h"
+#include "torch/state_reader.h"
+#include "torch/update_batch.h"
+
+namespace fastopt {
+
+struct FoundParam {
+  PyObject* own_state = nullptr;     // the dict of its states, or null
+  const at::Tensor* step = nullptr;  // or null
+  ParamTensors tensors{};            // a state is null if this step makes it; without a gradient, none
+};
+
+// The keys of a parameter's state. Made with the interpreter lock.
+template <class Family>
+struct StateKeys {
+  PyObject* step = interned("step");
+  std::array<PyObject*, std::size(Family::kStates)> states;
+
+  StateKeys() {
+    for (size_t s = 0; s < states.size(); ++s) states[s] = interned(Family::kStates[s]);
+  }
+};
+
+// Whether it is a tensor that Python overrides nothing of. kOnAnyThread: on a thread without the interpreter lock,
+// while the one that has it waits; then of torch's own classes only.
+template <bool kOnAnyThread>
+bool is_tensor_as_it_is(PyObject* object) {
+  if (THPVariable_CheckExact(object)) return true;
+  return !kOnAnyThread && THPVariable_Check(object) && is_ordinary_tensor(object);
+}
+
+// Finds what a parameter has; returns why kernels cannot take it, or null. `guess`: where its state may be in the walk.
+template <class Family, bool kOnAnyThread>
+[[gnu::always_inline]] inline const char* find_param(PyObject* object, const typename Family::Options& options,
+                                                     const StateKeys<Family>& keys, const StateWalk& walk,
+                                                     size_t& guess, FoundParam& found) {
+  found = {};
+  if (!is_tensor_as_it_is<kOnAnyThread>(object)) {
+    const bool is_tensor = !kOnAnyThread && THPVariable_Check(object);
+    return is_tensor ? "a parameter's class overrides what a step does" : "a parameter is not a tensor";
+  }
+  const at::Tensor& param = THPVariable_Unpack(object);
+  const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
+  if (!grad.defined()) return nullptr;
+  PyObject* const grad_object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  if (grad_object && !is_tensor_as_it_is<kOnAnyThread>(grad_object)) {
+    return "a gradient's class overrides what a step does";
+  }
+
+  found.tensors.param = &param;
+  found.tensors.grad = &grad;
+  bool uses_any = Family::kHasStep;
+  for (size_t s = 0; s < keys.states.size(); ++s) uses_any |= Family::uses_state(options, s);
+  if (!uses_any) return nullptr;
+  found.own_state = walk.find(object, guess);
+  if (found.own_state && !is_ordinary_dict(found.own_state)) return "a parameter's state is not a dict";
+  const auto find_tensor = [&](PyObject* key) -> const at::Tensor* {
+    PyObject* const value = find_item(found.own_state, key);
+    return value && is_tensor_as_it_is<kOnAnyThread>(value) ? &THPVariable_Unpack(value) : nullptr;
+  };
+  if constexpr (Family::kHasStep) {
+    found.step = find_tensor(keys.step);
+    if (!found.step) return "state is not there yet";
+  }
+  for (size_t s = 0; s < keys.states.size(); ++s) {
+    if (!Family::uses_state(options, s)) continue;
+    const at::Tensor* const tensor = find_tensor(keys.states[s]);
+    if (!tensor) {
+      PyObject* const other = find_item(found.own_state, keys.states[s]);
+      if (!Family::kMakesStates || (other && other != Py_None)) return "state is not there yet";
+    }
+    found.tensors.states[found.tensors.n_states++] = tensor;
+  }
+  return nullptr;
+}
+
+// The count of a parameter's steps, if the CPU counts them.
+struct StepNumber {
+  c10::TensorImpl* tensor = nullptr;
+  void* in_memory = nullptr;  // or null
+  bool is_double = false;
+
+  double next() const {
+    if (is_double) return *static_cast<const double*>(in_memory) + 1;
+    return static_cast<double>(*static_cast<const float*>(in_memory) + 1);
+  }
+  void write(double count) const {
+    if (is_double) {
+      *static_cast<double*>(in_memory) = count;
+    } else {
+      *static_cast<float*>(in_memory) = static_cast<float>(count);
+    }
+    tensor->bump_version();
+  }
+
+  // Returns why a step tensor, wherever it is, is no such number, or null.
+  static const char* fault_of(const at::Tensor& step) {
+    const bool is_real = step.scalar_type() == at::kDouble || step.scalar_type() == at::kFloat;
+    if (step.numel() != 1 || !is_real) return "a step is not a number";
+    return step.is_inference() ? "a step was made in inference mode" : nullptr;
+  }
+
+  // Returns why it cannot be counted on the CPU, or null. Raises RuntimeError if its memory has been freed.
+  const char* read(const at::Tensor& step) {
+    if (const char* fault = fault_of(step)) return fault;
+    if (!is_plain_cpu(step)) return "a step is not in CPU memory";
+    check_backed(step, "a step");
+    tensor = step.unsafeGetTensorImpl();
+    in_memory = step.mutable_data_ptr();
+    is_double = step.scalar_type() == at::kDouble;
+    return next() >= 1 ? nullptr : "a step is negative";
+  }
+};
+
+}  // namespace fastopt
