@@ -54,12 +54,14 @@ def left(optimizer, params):
 
 def results(program, *arguments):
     """Of a program on one thread and on two, and how many of its steps several threads gathered."""
-    found, n_threaded = [], []
+    found, n_updates, n_threaded = [], [], []
     for count in (1, 2):
-        before = kernel_calls("threaded_gather")
+        before = kernel_calls("update"), kernel_calls("threaded_gather")
         with threads(count):
             found.append(program(*arguments))
-        n_threaded.append(kernel_calls("threaded_gather") - before)
+        n_updates.append(kernel_calls("update") - before[0])
+        n_threaded.append(kernel_calls("threaded_gather") - before[1])
+    assert n_updates[0] == n_updates[1]
     assert n_threaded[0] == 0
     return *found, n_threaded[1]
 
@@ -136,7 +138,7 @@ def change(is_threaded, at=(3,)):
 
 @change(True)
 def a_gradient_less(optimizer, params):
-    params[70].grad = None
+    params[74].grad = None
 
 
 @change(True, at=range(N_STEPS))
@@ -147,7 +149,7 @@ def frozen_parameters(optimizer, params):
 
 @change(None, at=range(0, N_STEPS, 2))
 def a_gradient_now_and_then(optimizer, params):
-    params[70].grad = None
+    params[74].grad = None
 
 
 @change(True)
@@ -276,6 +278,11 @@ def other_states_in_one_group(optimizer, params):
     for option, value in (("amsgrad", True), ("centered", True), ("momentum", 0.0 if group.get("momentum") else 0.5)):
         if option in group:
             group[option] = value
+
+
+@change(None, at=(5,))
+def a_rate_beyond_float32(optimizer, params):
+    optimizer.param_groups[1]["lr"] = 1e300
 
 
 @change(True)
