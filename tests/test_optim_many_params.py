@@ -69,17 +69,18 @@ def results(program, *arguments):
 # --- Ordinary parameters ----------------------------------------------------------------------------------------------
 
 
+def stepped(cls, options, **how):
+    optimizer, params = made(cls, options, **how)
+    for step in range(5):
+        give_gradients(params, step)
+        optimizer.step()
+    return left(optimizer, params)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=str)
 def test_two_threads_gather_what_one_gathers(case, dtype):
-    def program():
-        optimizer, params = made(case.ours, case.options, dtype)
-        for step in range(5):
-            give_gradients(params, step)
-            optimizer.step()
-        return left(optimizer, params)
-
-    alone, together, n_threaded = results(program)
+    alone, together, n_threaded = results(lambda: stepped(case.ours, case.options, dtype=dtype))
     assert together == alone
     # The first step makes the states; after one that does so itself the second is for one thread, too.
     makes_states = case.options.get("momentum") and case.name == "SGD"
@@ -88,14 +89,7 @@ def test_two_threads_gather_what_one_gathers(case, dtype):
 
 @pytest.mark.parametrize(("n_params", "is_threaded"), [(127, False), (128, True)])
 def test_few_parameters_are_for_one_thread(n_params, is_threaded):
-    def program():
-        optimizer, params = made(fastopt.Adam, {}, n_params=n_params)
-        for step in range(3):
-            give_gradients(params, step)
-            optimizer.step()
-        return left(optimizer, params)
-
-    alone, together, n_threaded = results(program)
+    alone, together, n_threaded = results(lambda: stepped(fastopt.Adam, {}, n_params=n_params))
     assert together == alone
     assert (n_threaded > 0) == is_threaded
 
