@@ -58,8 +58,9 @@ double run_gathered(CrossEntropyRun& run, int64_t first, int64_t n) {
   using T = compute_t<S>;
   const CrossEntropyProblem& p = run.problem;
   const int64_t n_classes = p.logits_layout.n_classes;
-  // A line more, or rows of a power of two would be in each other's way in the caches.
-  const int64_t row_stride = (n_classes / kGatheredClasses + 2) * kGatheredClasses;
+  // An odd number of lines, or the rows' lines would lie in few sets of the caches and push each other out.
+  constexpr int64_t kPerLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t row_stride = (divide_up(n_classes, kPerLine) | 1) * kPerLine;
   const auto gather = [&](const void* from, const LogitLayout& layout, int slot) {
     T* rows = scratch<T>(n * row_stride, slot);
     gather_rows(static_cast<const S*>(from), {layout, first, n}, rows, row_stride);

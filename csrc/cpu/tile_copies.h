@@ -132,17 +132,47 @@ FASTOPT_HD void transpose(const T* from, int64_t from_stride, T* to, int64_t to_
 
 template <class To, class From>
 FASTOPT_HD void convert(const From* from, To* to, int64_t n) {
+  if constexpr (std::is_same_v<To, From>) {
+    memcpy(static_cast<void*>(to), from, n * sizeof(To));
+  } else {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<compute_t<To>>(load(from[i])));
+    for (int64_t i = 0; i < n; ++i) store(to[i], static_cast<compute_t<To>>(load(from[i])));
+  }
 }
 
-// Runs of n numbers, kStep <= n <= 2 * kStep, in two steps that may overlap: none is left to a scalar loop.
-template <int64_t kStep, class To, class From>
-FASTOPT_HD void convert_runs_by(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
-                                int64_t n) {
+// Runs of n numbers, kStep <= n <= 2 * kStep, in two steps that may overlap: each is a few moves of vectors.
+template <int64_t kStep, class T>
+FASTOPT_HD void copy_runs_by(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n_runs, int64_t n) {
   for (int64_t i = 0; i < n_runs; ++i, from += from_stride, to += to_stride) {
     convert(from, to, kStep);
     if (n > kStep) convert(from + n - kStep, to + n - kStep, kStep);
+  }
+}
+
+// Runs of n numbers, each a stride after the other, n <= kMaxShortRun.
+template <class T>
+FASTOPT_HD void copy_short_runs(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n_runs,
+                                int64_t n) {
+  if (n >= 16) return copy_runs_by<16>(from, from_stride, to, to_stride, n_runs, n);
+  if (n >= 8) return copy_runs_by<8>(from, from_stride, to, to_stride, n_runs, n);
+  if (n >= 4) return copy_runs_by<4>(from, from_stride, to, to_stride, n_runs, n);
+  if (n >= 2) return copy_runs_by<2>(from, from_stride, to, to_stride, n_runs, n);
+  copy_runs_by<1>(from, from_stride, to, to_stride, n_runs, n);
+}
+
+// The same to another type. Many of them are converted as one, side by side: a run would not fill a vector.
+template <class To, class From>
+FASTOPT_HD void convert_short_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
+                                   int64_t n) {
+  constexpr int64_t kNumbers = 1024;
+  const int64_t n_together = kNumbers / n;
+  for (int64_t i = 0; i < n_runs; i += n_together, from += n_together * from_stride, to += n_together * to_stride) {
+    const int64_t m = std::min(n_together, n_runs - i);
+    From unconverted[kNumbers];
+    To converted[kNumbers];
+    if (from_stride != n) copy_short_runs(from, from_stride, unconverted, n, m, n);
+    convert(from_stride == n ? from : unconverted, to_stride == n ? to : converted, m * n);
+    if (to_stride != n) copy_short_runs(converted, n, to, to_stride, m, n);
   }
 }
 
@@ -151,18 +181,12 @@ template <class To, class From>
 FASTOPT_HD void convert_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
                              int64_t n) {
   if (from_stride == n && to_stride == n) return convert(from, to, n_runs * n);
-  if (n > 32) {
+  if (n > kMaxShortRun) {
     for (int64_t i = 0; i < n_runs; ++i) convert(from + i * from_stride, to + i * to_stride, n);
-  } else if (n >= 16) {
-    convert_runs_by<16>(from, from_stride, to, to_stride, n_runs, n);
-  } else if (n >= 8) {
-    convert_runs_by<8>(from, from_stride, to, to_stride, n_runs, n);
-  } else if (n >= 4) {
-    convert_runs_by<4>(from, from_stride, to, to_stride, n_runs, n);
-  } else if (n >= 2) {
-    convert_runs_by<2>(from, from_stride, to, to_stride, n_runs, n);
+  } else if constexpr (std::is_same_v<To, From>) {
+    copy_short_runs(from, from_stride, to, to_stride, n_runs, n);
   } else {
-    convert_runs_by<1>(from, from_stride, to, to_stride, n_runs, n);
+    convert_short_runs(from, from_stride, to, to_stride, n_runs, n);
   }
 }
 
@@ -211,14 +235,7 @@ FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>*
     }
   } else if (n_inner <= kMaxShortRun) {
     for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
-      T* block = to + c * width + j;
-      if constexpr (std::is_same_v<S, T>) {
-        convert_runs(from + offset, stride, block, width, n, n_inner);
-      } else {
-        T converted[kBlockClasses * kMaxShortRun];
-        convert_runs(from + offset, stride, converted, n_inner, n, n_inner);
-        convert_runs(converted, n_inner, block, width, n, n_inner);
-      }
+      convert_runs(from + offset, stride, to + c * width + j, width, n, n_inner);
     });
   } else {
     view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
@@ -242,14 +259,7 @@ FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileVi
     convert_runs(buffer, n_classes, to, layout.outer_stride, view.n, n_classes);
   } else if (n_inner <= kMaxShortRun) {
     for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
-      const T* block = from + c * width + j;
-      if constexpr (std::is_same_v<T, G>) {
-        convert_runs(block, width, to + offset, stride, n, n_inner);
-      } else {
-        T unconverted[kBlockClasses * kMaxShortRun];
-        convert_runs(block, width, unconverted, n_inner, n, n_inner);
-        convert_runs(unconverted, n_inner, to + offset, stride, n, n_inner);
-      }
+      convert_runs(from + c * width + j, width, to + offset, stride, n, n_inner);
     });
   } else {
     view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
