@@ -21,7 +21,7 @@ namespace {
 // classes where there are enough of them to fill most of a tile's lanes.
 // Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
 constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
-constexpr int64_t kMaxClassesOfManyRows = 191, kManyRows = 48;
+constexpr int64_t kMaxClassesOfManyRows = 223, kManyRows = 24;
 static_assert(kMaxNarrowClasses >= kLanes && kMaxNarrowDoubles >= kLanes, "a row has at least kLanes classes");
 // Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
 constexpr int64_t kTileElements = 32768;
@@ -29,7 +29,7 @@ constexpr int64_t kMaxRun = 512;
 // Columns of more classes are copied into rows; so are those of an image of so few positions with more classes than
 // short tiles take: one tile's lanes would not be full, and two threads would have one task.
 constexpr int64_t kMaxTileClasses = 4096;
-constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 128;
+constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 256;
 
 enum class Walk : int8_t { kTiles, kRows, kGathered };
 

@@ -14,11 +14,11 @@
 
 namespace fastopt::cpu {
 
-// Positions of a tile: the lanes of its sums. Few positions take one or two narrow ones.
+// Positions of a tile: the lanes of its sums. Few positions take narrow ones, at most three.
 constexpr int64_t kTileWidth = kLanes, kNarrowTileWidth = 16;
 
 // The width of the tile that takes the first of n positions.
-FASTOPT_HD int64_t tile_width(int64_t n) { return n <= 2 * kNarrowTileWidth ? kNarrowTileWidth : kTileWidth; }
+FASTOPT_HD int64_t tile_width(int64_t n) { return n <= 3 * kNarrowTileWidth ? kNarrowTileWidth : kTileWidth; }
 
 template <class T>
 struct Tile {
