@@ -155,19 +155,17 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   // What is found of each position, in vectors of double.
   double* exp_sum = sums.exp.all;
   double log_sum[kWidth];
-  if constexpr (std::is_same_v<T, double>) {  // whose errors are smaller than the polynomial's
-    for (int64_t j = 0; j < kWidth; ++j) log_sum[j] = j < tile.n_positions ? std::log(exp_sum[j]) : 0.0;
-  } else {
+  if constexpr (!std::is_same_v<T, double>) {
     sum_below_max<kWidth>(tile, sums.max, kHasTarget ? target_logit : nullptr, exp_sum);
-    int64_t n_not_finite = 0;  // of positions, with such a logit
+  }
+  int64_t n_not_finite = 0;  // of positions, with such a logit
 #pragma omp simd reduction(+ : n_not_finite)
-    for (int64_t j = 0; j < kWidth; ++j) {
-      log_sum[j] = log_from_one(exp_sum[j]);
-      n_not_finite += exp_sum[j] >= 1 ? 0 : 1;
-    }
-    for (int64_t j = 0; n_not_finite > 0 && j < kWidth; ++j) {
-      if (!(exp_sum[j] >= 1)) log_sum[j] = std::log(exp_sum[j]);
-    }
+  for (int64_t j = 0; j < kWidth; ++j) {
+    log_sum[j] = log_from_one(exp_sum[j]);
+    n_not_finite += exp_sum[j] >= 1 ? 0 : 1;
+  }
+  for (int64_t j = 0; n_not_finite > 0 && j < kWidth; ++j) {
+    if (!(exp_sum[j] >= 1)) log_sum[j] = std::log(exp_sum[j]);
   }
   double exact_factor[kWidth];
   T factor[kWidth];
