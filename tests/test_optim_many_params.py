@@ -40,13 +40,8 @@ def left(optimizer, params):
         if not isinstance(value, torch.Tensor):
             return value
         dense = value.detach().to_dense().resolve_conj()
-        return (
-            value.dtype,
-            list(value.shape),
-            torch.view_as_real(dense).tolist()
-            if dense.is_complex()
-            else (dense.contiguous().view(torch.uint8).tolist() if dense.dim() else dense.item()),
-        )
+        numbers = torch.view_as_real(dense) if dense.is_complex() else dense
+        return value.dtype, list(value.shape), numbers.contiguous().reshape(-1).view(torch.uint8).tolist()
 
     states = [(places[param], [(k, plain(v)) for k, v in state.items()]) for param, state in optimizer.state.items()]
     return [plain(param) for param in params], [param._version for param in params], states

@@ -1,6 +1,7 @@
 // The optimizers that kernels know: hyper-parameters as torch.optim names them, states in the order of their rule.
 #pragma once
 
+#include <iterator>  // size
 #include <optional>
 
 #include "rules/rules.h"
@@ -98,5 +99,13 @@ struct AdamFamily {
     return make_rule<AdamPlain<float>, AdamPlain<double>>(dtype, o, step);
   }
 };
+
+// How many states a parameter has beside its count of steps.
+template <class Family>
+int n_states_of(const typename Family::Options& options) {
+  int n = 0;
+  for (int s = 0; s < static_cast<int>(std::size(Family::kStates)); ++s) n += Family::uses_state(options, s);
+  return n;
+}
 
 }  // namespace fastopt

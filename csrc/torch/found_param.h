@@ -4,6 +4,7 @@
 #include <array>
 #include <iterator>  // size
 
+#include "torch/families.h"
 #include "torch/ordinary.h"
 #include "torch/state_reader.h"
 #include "torch/update_batch.h"
@@ -55,9 +56,7 @@ template <class Family, bool kOnAnyThread>
 
   found.tensors.param = &param;
   found.tensors.grad = &grad;
-  bool uses_any = Family::kHasStep;
-  for (size_t s = 0; s < keys.states.size(); ++s) uses_any |= Family::uses_state(options, s);
-  if (!uses_any) return nullptr;
+  if (!Family::kHasStep && n_states_of<Family>(options) == 0) return nullptr;
   found.own_state = walk.find(object, guess);
   if (found.own_state && !is_ordinary_dict(found.own_state)) return "a parameter's state is not a dict";
   const auto find_tensor = [&](PyObject* key) -> const at::Tensor* {

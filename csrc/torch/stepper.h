@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>  // min
-#include <iterator>   // size
 #include <utility>    // move
 #include <vector>
 
@@ -28,7 +27,6 @@ template <class Family>
 class Stepper {
  public:
   using Options = typename Family::Options;
-  static constexpr int kMaxFamilyStates = static_cast<int>(std::size(Family::kStates));
 
   explicit Stepper(py::object is_ordinary_class) : optimizer_(std::move(is_ordinary_class)) {}
 
@@ -236,11 +234,9 @@ class Stepper {
     cpu::Threads threads = torch_threads();
     threads.count = static_cast<int>(std::min<int64_t>(threads.count, n_places / kMinParamsPerThread));
     if (fault || threads.count < 2) return false;
-    int n_states = 0;
-    for (int s = 0; s < kMaxFamilyStates; ++s) n_states += Family::uses_state(groups_[0].options, s);
     entries_.resize(n_places);
     bool is_done = batch_.add_together(
-        static_cast<int64_t>(listed_.size()), n_places, n_states, threads,
+        static_cast<int64_t>(listed_.size()), n_places, n_states_of<Family>(groups_[0].options), threads,
         [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], guesses_[i], place); });
     for (int64_t i = 0; is_done && i < n_places; ++i) is_done = give_rule(i);
     if (is_done) {

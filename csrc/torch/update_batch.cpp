@@ -175,7 +175,7 @@ UpdateBatch::Places UpdateBatch::make_places(int64_t n_params, int n_states) {
   return {n_states, overlap_.written_room(n_params * (n_states + 1)), overlap_.read_room(n_params)};
 }
 
-bool UpdateBatch::fill(const ParamTensors& tensors, int64_t i, const Places& places, bool& is_changed) {
+bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed) {
   Kind kind;
   if (tensors.n_states != places.n_states || find_fault(tensors, kind) || kind.backend != Backend::kCpu ||
       !kind.is_grad_alike || is_lazy_clone(*tensors.param)) {

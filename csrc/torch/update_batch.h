@@ -45,7 +45,7 @@ class UpdateBatch {
       int64_t part_numel = 0;
       bool is_taken = true, is_part_changed = false;
       const auto place = [&](const ParamTensors& tensors, int64_t where) __attribute__((always_inline)) {
-        if (!fill(tensors, where, places, is_part_changed)) return false;
+        if (!fill_at(where, tensors, places, is_part_changed)) return false;
         part_numel += slabs_[where].numel;
         return true;
       };
@@ -126,7 +126,7 @@ class UpdateBatch {
   bool fill(Slab& slab, const ParamTensors& tensors, const Kind& kind, MemoryOverlap::Written* written,
             MemoryOverlap::Read& read) const;
   Places make_places(int64_t n_params, int n_states);
-  bool fill(const ParamTensors& tensors, int64_t i, const Places& places, bool& is_changed);
+  bool fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed);
   size_t place_of(c10::Device device, Backend backend);
   void run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf);
 
