@@ -41,7 +41,6 @@ template <class Family, bool kOnAnyThread>
 [[gnu::always_inline]] inline const char* find_param(PyObject* object, const typename Family::Options& options,
                                                      const StateKeys<Family>& keys, const StateWalk& walk,
                                                      size_t& guess, FoundParam& found) {
-  found = {};
   if (!is_tensor_as_it_is<kOnAnyThread>(object)) {
     const bool is_tensor = !kOnAnyThread && THPVariable_Check(object);
     return is_tensor ? "a parameter's class overrides what a step does" : "a parameter is not a tensor";

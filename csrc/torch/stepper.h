@@ -208,7 +208,7 @@ class Stepper {
 
   // Whether this may be a step of many ordinary parameters in CPU memory; the first step is taken for one of few.
   bool may_gather_together() {
-    if (guesses_.size() < 2 * kMinParamsPerThread) return false;
+    if (guesses_.size() < 2 * kMinParamsPerThread || torch_threads().count < 2) return false;
     if (n_steps_apart_ > 0) {
       --n_steps_apart_;
       return false;

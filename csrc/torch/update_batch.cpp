@@ -111,11 +111,11 @@ const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
   return nullptr;
 }
 
-// The gradient must be laid out as the parameter. Returns whether what is written is another than in the last step.
-bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const Kind& kind, MemoryOverlap::Written* written,
-                       MemoryOverlap::Read& read) const {
+// `grad` is laid out as the parameter. Returns whether what is written is another than in the last step.
+bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
+                       MemoryOverlap::Written* written, MemoryOverlap::Read& read) const {
   const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
-  const at::Tensor &param = *tensors.param, &grad = *tensors.grad;
+  const at::Tensor& param = *tensors.param;
   const int64_t numel = param.numel(), item_bytes = bytes_of(kind.dtype), state_item_bytes = bytes_of(kind.state_dtype);
   // What raises an error comes first.
   const Memory grad_memory =
@@ -149,7 +149,7 @@ bool UpdateBatch::add(const ParamTensors& tensors) {
   if (devices_.empty() || devices_[place_].device != param.device() || devices_[place_].backend != kind.backend) {
     place_ = place_of(param.device(), kind.backend);
   }
-  ParamTensors alike = tensors;
+  const at::Tensor* grad_alike = &grad;
   if (!kind.is_grad_alike) {
     check_backed(grad, "a gradient");
     const auto [begin, end] = memory_range(grad);
@@ -157,12 +157,12 @@ bool UpdateBatch::add(const ParamTensors& tensors) {
                       grad.unsafeGetTensorImpl());
     copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options().requires_grad(false)));
     copies_.back().copy_(grad.detach());
-    alike.grad = &copies_.back();
+    grad_alike = &copies_.back();
   }
   if (slabs_.size() == places_.size()) slabs_.emplace_back();
   Slab& slab = slabs_[places_.size()];
   MemoryOverlap::Written* const written = overlap_.written_room(tensors.n_states + 1);
-  overlap_.note_changes(fill(slab, alike, kind, written, *overlap_.read_room(1)));
+  overlap_.note_changes(fill(slab, tensors, *grad_alike, kind, written, *overlap_.read_room(1)));
   places_.push_back(static_cast<int16_t>(place_));
   numel_ += slab.numel;
   return true;
@@ -185,7 +185,8 @@ bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& 
   for (int s = 0; s < tensors.n_states; ++s) {
     if (is_lazy_clone(*tensors.states[s])) return false;
   }
-  is_changed |= fill(slabs_[i], tensors, kind, places.written + i * (places.n_states + 1), places.reads[i]);
+  is_changed |=
+      fill(slabs_[i], tensors, *tensors.grad, kind, places.written + i * (places.n_states + 1), places.reads[i]);
   return true;
 }
 

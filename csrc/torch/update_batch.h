@@ -123,8 +123,8 @@ class UpdateBatch {
   };
 
   static const char* find_fault(const ParamTensors& tensors, Kind& kind);
-  bool fill(Slab& slab, const ParamTensors& tensors, const Kind& kind, MemoryOverlap::Written* written,
-            MemoryOverlap::Read& read) const;
+  bool fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
+            MemoryOverlap::Written* written, MemoryOverlap::Read& read) const;
   Places make_places(int64_t n_params, int n_states);
   bool fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed);
   size_t place_of(c10::Device device, Backend backend);
