@@ -165,6 +165,33 @@ double weight_of(const CrossEntropyProblem& p, int64_t c) {
                                     : static_cast<double>(static_cast<const float*>(p.weight)[c]);
 }
 
+// The sum of the weights of the targets [begin, end) that count.
+template <class T>
+FASTOPT_HD double sum_target_weights(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
+  constexpr int64_t kTogether = 16 * kLanes;
+  const T* const weight = static_cast<const T*>(p.weight);
+  const int64_t ignore_index = p.ignore_index, n_classes = p.logits_layout.n_classes;
+  CompensatedSum sum;
+  for (int64_t first = begin; first < end; first += kTogether) {
+    int64_t targets[kTogether];
+    const int64_t n = std::min(kTogether, end - first);
+    copy_targets(p.target + first, n, targets);
+    std::fill(targets + n, targets + kTogether, ignore_index);
+    alignas(64) double lanes[kLanes] = {};
+    for (int64_t i = 0; i < n; i += kLanes) {
+#pragma omp simd
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t target = targets[i + l];
+        const bool is_counted = is_class(target, n_classes) & (target != ignore_index);
+        const T value = weight[is_counted ? target : 0];
+        lanes[l] += is_counted ? static_cast<double>(value) : 0.0;
+      }
+    }
+    sum.add(fold_lanes(lanes, [](double a, double b) { return a + b; }));
+  }
+  return sum.total();
+}
+
 // Of the targets [begin, end).
 FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
   TargetTally part;
@@ -184,11 +211,8 @@ FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begi
     return part;
   }
   if (p.weight) {
-    part.weight_sum = sum_of(end - begin, [&](int64_t i) {
-      int64_t t;
-      copy_targets(p.target + begin + i, 1, &t);
-      return is_class(t, n_classes) && t != ignore_index ? weight_of(p, t) : 0.0;
-    });
+    part.weight_sum = p.dtype == DType::kFloat64 ? sum_target_weights<double>(p, begin, end)
+                                                 : sum_target_weights<float>(p, begin, end);
   }
   return part;
 }
