@@ -16,9 +16,10 @@ struct Threads {
 };
 
 // Divides [0, n_tasks) among threads. Each of them calls run(next), and next() for one task after the other until it
-// gives n_tasks. A thread's share is as torch divides an array: side by side, thread after thread, so that it finds in
-// its caches what it wrote there in another operation. It takes half of its share at once, then a sixteenth at a time,
-// and when there is none left, what others have left of theirs.
+// gives n_tasks. A thread's share is just what torch gives it of an array: as many for each but the last ones, side by
+// side. So it finds in its caches what it wrote there in another operation, for to write what another core wrote last
+// takes it longer than all the arithmetic. It takes half of its share at once, then a sixteenth at a time, and when
+// there is none left, what others have left of theirs, but for their last: they would end hardly earlier without it.
 template <class F>
 void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
   const int64_t n_threads = std::min<int64_t>(threads.count, n_tasks);
@@ -29,21 +30,28 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
   struct alignas(64) Share {
     std::atomic<int64_t> begin;  // of what nobody has taken
     int64_t end;
+
+    // Up to n of them, if more than n_kept are left: the first; then begin is no more than end.
+    int64_t take(int64_t n, int64_t n_kept) {
+      int64_t first = begin.load();
+      while (first + n_kept < end && !begin.compare_exchange_weak(first, std::min(first + n, end))) continue;
+      return first + n_kept < end ? first : end;
+    }
   };
   std::vector<Share> shares(n_threads);
+  const int64_t n_share = (n_tasks + n_threads - 1) / n_threads;
   for (int64_t i = 0; i < n_threads; ++i) {
-    shares[i].begin = i * n_tasks / n_threads;
-    shares[i].end = (i + 1) * n_tasks / n_threads;
+    shares[i].begin = std::min(i * n_share, n_tasks);
+    shares[i].end = std::min((i + 1) * n_share, n_tasks);
   }
-  const int64_t n_first = std::max<int64_t>(n_tasks / n_threads / 2, 1);
-  const int64_t n_more = std::max<int64_t>(n_tasks / n_threads / 16, 1);
+  const int64_t n_first = (n_share + 1) / 2, n_more = std::max<int64_t>(n_share / 16, 1);
   auto on_thread = [&](int64_t thread) {
     int64_t task = 0, end = 0, n = n_first, n_emptied = 0;
     run([&, n_tasks]() {
       while (task == end) {
         if (n_emptied == n_threads) return n_tasks;
         Share& share = shares[(thread + n_emptied) % n_threads];
-        task = std::min(share.begin.fetch_add(n), share.end);
+        task = share.take(n, n_emptied == 0 ? 0 : n_more);
         end = std::min(task + n, share.end);
         n = n_more;
         n_emptied += task == end;
