@@ -102,7 +102,7 @@ LOGITS = [
     Logits((2, 70, 4, 3), "channels_last", "wide rows of an image"),
     Logits((300, 20), "transposed", "columns of one image, more than one tile"),
     Logits((33, 100), "transposed", "wide columns of one image: a tile"),
-    Logits((35, 256), "transposed", "wide columns of one image: as wide as a tile"),
+    Logits((35, 256), "transposed", "wide columns of one image: the most classes of a short tile"),
     Logits((35, 260), "transposed", "wide columns of one image: tasks of 12 positions and a rest"),
     Logits((3, 290), "transposed", "wide columns of one image: a task of two positions and one of one"),
     Logits((2, 5, 3, 4), "permuted", "positions in no walkable order: copied"),

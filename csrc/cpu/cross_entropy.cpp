@@ -176,18 +176,12 @@ FASTOPT_HD double sum_target_weights(const CrossEntropyProblem& p, int64_t begin
     int64_t targets[kTogether];
     const int64_t n = std::min(kTogether, end - first);
     copy_targets(p.target + first, n, targets);
-    std::fill(targets + n, targets + kTogether, ignore_index);
-    alignas(64) double lanes[kLanes] = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-#pragma omp simd
-      for (int64_t l = 0; l < kLanes; ++l) {
-        const int64_t target = targets[i + l];
-        const bool is_counted = is_class(target, n_classes) & (target != ignore_index);
-        const T value = weight[is_counted ? target : 0];
-        lanes[l] += is_counted ? static_cast<double>(value) : 0.0;
-      }
-    }
-    sum.add(fold_lanes(lanes, [](double a, double b) { return a + b; }));
+    sum.add(sum_of(n, [&](int64_t i) {
+      const int64_t target = targets[i];
+      const bool is_counted = is_class(target, n_classes) & (target != ignore_index);
+      const T value = weight[is_counted ? target : 0];
+      return is_counted ? static_cast<double>(value) : 0.0;
+    }));
   }
   return sum.total();
 }

@@ -78,7 +78,7 @@ class CompensatedSum {
 
 // The sum of f(i) for i in [0, n), by lane and then pairwise.
 template <class F>
-double sum_of(int64_t n, F&& f) {
+FASTOPT_HD double sum_of(int64_t n, F&& f) {
   constexpr int64_t kTerms = 16 * kLanes;  // more are added in double with compensation
   CompensatedSum sum;
   for (int64_t begin = 0; begin < n; begin += kTerms) {
@@ -86,6 +86,7 @@ double sum_of(int64_t n, F&& f) {
     const int64_t end = std::min(begin + kTerms, n);
     int64_t i = begin;
     for (; i + kLanes <= end; i += kLanes) {
+#pragma omp simd
       for (int64_t l = 0; l < kLanes; ++l) lanes[l] += f(i + l);
     }
     for (int64_t l = 0; i < end; ++i, ++l) lanes[l] += f(i);

@@ -37,6 +37,7 @@ bool is_tensor_as_it_is(PyObject* object) {
 }
 
 // Finds what a parameter has; returns why kernels cannot take it, or null. `guess`: where its state may be in the walk.
+// `found`: a new one, for what a parameter does not have is not written.
 template <class Family, bool kOnAnyThread>
 [[gnu::always_inline]] inline const char* find_param(PyObject* object, const typename Family::Options& options,
                                                      const StateKeys<Family>& keys, const StateWalk& walk,
