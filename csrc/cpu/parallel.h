@@ -17,8 +17,8 @@ struct Threads {
 
 // Divides [0, n_tasks) among threads. Each of them calls run(next), and next() for one task after the other until it
 // gives n_tasks. A thread's share is just what torch gives it of an array: as many for each but the last ones, side by
-// side. So it finds in its caches what it wrote there in another operation, for to write what another core wrote last
-// takes it longer than all the arithmetic. It takes half of its share at once, then a sixteenth at a time, and when
+// side. So it finds in its caches what it wrote there in another operation; writing lines that another core wrote last
+// would take longer than all the arithmetic. It takes half of its share at once, then a sixteenth at a time, and when
 // there is none left, what others have left of theirs, but for their last: they would end hardly earlier without it.
 template <class F>
 void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {

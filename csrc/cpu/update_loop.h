@@ -47,11 +47,11 @@ FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64
 // fetches ahead within a page only.
 constexpr int64_t kBytesAhead = 4096;
 
-// Whether a step fetches. Conversions of 16 bits hold up memory on every processor, roots and quotients on Intel's;
-// AMD's runs ahead of them by itself, and there each line that is asked for costs time.
+// Whether a step fetches. Conversions of 16 bits, roots and quotients hold up memory on Intel's processors; AMD's run
+// ahead of them by themselves, and there each line that is asked for costs time.
 template <class Rule, class S>
 FASTOPT_HD bool is_fetched() {
-  return sizeof(S) < sizeof(float) || (Rule::kDivides && FASTOPT_CPU_IS_INTEL);
+  return FASTOPT_CPU_IS_INTEL && (sizeof(S) < sizeof(float) || Rule::kDivides);
 }
 
 template <int64_t kBlock, class S>
@@ -59,12 +59,14 @@ FASTOPT_HD void fetch_block(const S* block) {
   for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(block + i);
 }
 
-// Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left, and fetches.
+// Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left, and fetches if
+// it helps.
 template <class Rule, int64_t kBlock, class S, class F>
 FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
   constexpr int64_t kAhead = kBytesAhead / sizeof(S);
+  const bool fetches = is_fetched<Rule, S>();
   for (; n >= kBlock; n -= kBlock) {
-    if (n >= kAhead + kBlock) {
+    if (fetches && n >= kAhead + kBlock) {
       fetch_block<kBlock>(arrays.param + kAhead);
       fetch_block<kBlock>(arrays.grad + kAhead);
       for (int s = 0; s < Rule::kStates; ++s) fetch_block<kBlock>(arrays.state[s] + kAhead);
