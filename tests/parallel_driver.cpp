@@ -3,7 +3,8 @@
 #include "cpu/parallel.h"
 
 #include <cstdio>
-#include <thread>
+
+#include "run_on_threads.h"
 
 using namespace fastopt::cpu;
 
@@ -11,12 +12,6 @@ int64_t first_thread = 0;
 
 void one_after_the_other(int64_t n, void (*run)(void*, int64_t), void* context) {
   for (int64_t i = 0; i < n; ++i) run(context, (first_thread + i) % n);
-}
-
-void at_once(int64_t n, void (*run)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < n; ++i) threads.emplace_back(run, context, i);
-  for (std::thread& thread : threads) thread.join();
 }
 
 int main() {
@@ -41,7 +36,7 @@ int main() {
       }
       for (int repeat = 0; repeat < 5; ++repeat) {
         std::vector<std::atomic<int>> times(n_tasks);
-        run_tasks({n_threads, at_once}, n_tasks, [&](int64_t task) { ++times[task]; });
+        run_tasks({n_threads, run_on_threads}, n_tasks, [&](int64_t task) { ++times[task]; });
         for (auto& n : times)
           if (n != 1) return std::printf("at once: a task ran %d times\n", n.load()), 1;
       }

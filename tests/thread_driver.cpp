@@ -5,21 +5,15 @@
 // One instruction set: what chooses among several runs before the sanitizer is ready.
 #include <atomic>
 #include <cstdio>
-#include <thread>
 #include <vector>
 
 #include "cpu/cross_entropy.h"
 #include "cpu/update.h"
+#include "run_on_threads.h"
 
 using namespace fastopt;
 
 namespace {
-
-void run_on_threads(int64_t n_threads, void (*run)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t i = 0; i < n_threads; ++i) threads.emplace_back(run, context, i);
-  for (std::thread& thread : threads) thread.join();
-}
 
 constexpr cpu::Threads kOne{1, nullptr}, kMany{4, run_on_threads};
 

@@ -13,8 +13,6 @@ constexpr int64_t kLogitsPerTask = 2048;  // of rows
 // Logits below which another thread costs more than it saves.
 constexpr int64_t kMinLogitsPerThread = 4096;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // As many threads as so many logits are worth.
 inline Threads at_most(const Threads& threads, int64_t n_logits) {
   return {static_cast<int>(std::min<int64_t>(threads.count, n_logits / kMinLogitsPerThread)), threads.on_each};

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common.h"
+
 namespace fastopt::cpu {
 
 struct Threads {
@@ -39,7 +41,7 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
     }
   };
   std::vector<Share> shares(n_threads);
-  const int64_t n_share = (n_tasks + n_threads - 1) / n_threads;
+  const int64_t n_share = divide_up(n_tasks, n_threads);
   for (int64_t i = 0; i < n_threads; ++i) {
     shares[i].begin = std::min(i * n_share, n_tasks);
     shares[i].end = std::min((i + 1) * n_share, n_tasks);

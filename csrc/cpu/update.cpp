@@ -60,13 +60,13 @@ void update(const Slab* slabs, int64_t n_slabs, const RuleValue* rules, const Th
     start += slabs[i].numel + kSlabOverhead;
   }
   const int64_t n_tasks = total <= kMaxElementsInCache ? n_threads : n_threads * 8;
-  const int64_t stretch = (total + n_tasks - 1) / n_tasks;
+  const int64_t stretch = divide_up(total, n_tasks);
   const int64_t* const starts_begin = starts.data();
 
   // A stretch that ends inside a tensor ends on a cache line; the next begins where it ended.
   const auto local_cut = [&](int64_t slab, int64_t position) {
     const int64_t local = std::max<int64_t>(position - starts_begin[slab], 0);
-    return std::min((local + kAlignment - 1) / kAlignment * kAlignment, slabs[slab].numel);
+    return std::min(divide_up(local, kAlignment) * kAlignment, slabs[slab].numel);
   };
   run_tasks(threads, n_tasks, [&](int64_t task) {
     const int64_t begin = task * stretch;

@@ -31,7 +31,6 @@ constexpr int64_t kMaxTallies = 128;
 // Shared memory that each resident block takes beyond what it asks for.
 constexpr int64_t kReservedSharedBytes = 2048;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_bytes(DType dtype) {
   return with_stored_type(dtype, [](auto stored) { return static_cast<int64_t>(sizeof(stored)); });
 }

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 16;
 constexpr int64_t kMaxChunk = 16 * cuda::kChunkUnit;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool is_aligned(const Slab& slab) {
   uintptr_t all = reinterpret_cast<uintptr_t>(slab.param) | reinterpret_cast<uintptr_t>(slab.grad);
   for (const void* state : slab.state) all |= reinterpret_cast<uintptr_t>(state);
