@@ -13,6 +13,8 @@
 
 namespace fastopt {
 
+constexpr int64_t kLineBytes = 64;  // of a cache line
+
 FASTOPT_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Stored 16-bit types. They only hold bits: every rule and loss computes in float or double.

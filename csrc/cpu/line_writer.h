@@ -10,8 +10,6 @@
 
 namespace fastopt::cpu {
 
-constexpr int64_t kLineBytes = 64;
-
 #if defined(__SSE2__)
 constexpr bool kCanStream = true;
 FASTOPT_HD void stream_line(const void* from, void* to) {

@@ -29,7 +29,7 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
     run([task = int64_t{0}, n_tasks]() mutable { return task < n_tasks ? task++ : n_tasks; });
     return;
   }
-  struct alignas(64) Share {
+  struct alignas(kLineBytes) Share {
     std::atomic<int64_t> begin;  // of what nobody has taken
     int64_t end;
 

@@ -1,6 +1,8 @@
 #include "torch/large_arrays.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
@@ -10,6 +12,7 @@
 #include <utility>  // exchange
 
 #include "cpu/pages.h"
+#include "torch/context.h"
 
 namespace fastopt {
 namespace {
@@ -50,26 +53,27 @@ KeptBlock& kept_block() {
 }
 
 Block new_block(size_t n) {
-  Block block{nullptr, n};
-  block.data = cpu::allocate_pages(block.capacity);
-  return block.data ? block : Block{};
+  const size_t capacity = cpu::in_whole_pages(n);
+  void* const data = cpu::allocate_pages(capacity);
+  return data ? Block{data, capacity} : Block{};
 }
 
-void release(void* context) {
+void release_block(void* context) {
   auto* block = static_cast<Block*>(context);
   c10::profiledCPUMemoryReporter().Delete(block->data);
   kept_block().keep(*block);
   delete block;
 }
 
-struct LargeArrayAllocator final : c10::Allocator {
+// Of gradients.
+struct BlockAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
     if (n >= 2 * cpu::kHugePage) {
       Block block = kept_block().take(n);
       if (!block.data) block = new_block(n);
       if (block.data) {
         c10::profiledCPUMemoryReporter().New(block.data, n);  // as torch's own allocator does
-        return {block.data, new Block(block), &release, c10::Device(c10::kCPU)};
+        return {block.data, new Block(block), &release_block, c10::Device(c10::kCPU)};
       }
     }
     return c10::GetCPUAllocator()->allocate(n);
@@ -77,12 +81,43 @@ struct LargeArrayAllocator final : c10::Allocator {
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 
+void release_pages(void* data) {
+  c10::profiledCPUMemoryReporter().Delete(data);
+  std::free(data);
+}
+
+// Of states, which last: they get no more than they need, and nothing is kept of them.
+struct PageAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t n) override {
+    void* const data = n >= cpu::kHugePage ? cpu::allocate_pages(n) : nullptr;
+    if (!data) return c10::GetCPUAllocator()->allocate(n);
+    c10::profiledCPUMemoryReporter().New(data, n);
+    return {data, data, &release_pages, c10::Device(c10::kCPU)};
+  }
+  void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
+};
+
+at::Tensor empty_of(c10::Allocator& allocator, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
+  constexpr c10::DispatchKeySet cpu_keys(c10::DispatchKey::CPU);
+  return at::detail::empty_strided_generic(sizes, strides, &allocator, cpu_keys, dtype);
+}
+
 }  // namespace
 
 at::Tensor empty_large(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {
-  static LargeArrayAllocator allocator;
-  constexpr c10::DispatchKeySet cpu_keys(c10::DispatchKey::CPU);
-  return at::detail::empty_strided_generic(sizes, strides, &allocator, cpu_keys, dtype);
+  static BlockAllocator allocator;
+  return empty_of(allocator, sizes, strides, dtype);
+}
+
+at::Tensor empty_state(const at::Tensor& param) {
+  static PageAllocator allocator;
+  if (!is_plain_cpu(param) || !param.is_non_overlapping_and_dense()) return at::empty_like(param);
+  return empty_of(allocator, param.sizes(), param.strides(), param.scalar_type());
+}
+
+at::Tensor zero_state(const at::Tensor& param) {
+  at::AutoDispatchBelowADInplaceOrView guard;  // a fresh tensor has version 0
+  return empty_state(param).zero_();
 }
 
 size_t release_kept_block() {

@@ -1,12 +1,11 @@
 // States that a step makes, and where they go once it has been done.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
 #include <utility>  // move
 #include <vector>
 
 #include "torch/found_param.h"
+#include "torch/large_arrays.h"
 
 namespace fastopt {
 
@@ -19,7 +18,7 @@ class MadeStates {
     for (int s = 0; s < found.tensors.n_states; ++s) {
       if (found.tensors.states[s]) continue;
       if (!found.own_state) without_dict_.push_back(py::reinterpret_borrow<py::object>(param));
-      made_.push_back({at::empty_like(*found.tensors.param), py::reinterpret_borrow<py::object>(found.own_state)});
+      made_.push_back({empty_state(*found.tensors.param), py::reinterpret_borrow<py::object>(found.own_state)});
       found.tensors.states[s] = &made_.back().tensor;
       is_any = true;
     }

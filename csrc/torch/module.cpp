@@ -23,6 +23,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("stream_beyond", &fastopt::cpu::stream_beyond);
   module.def("empty_cache", &fastopt::release_kept_block);
+  module.def("zero_state", &fastopt::zero_state);
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cross_entropy_shard(module);
   fastopt::bind_cuda_library(module);

@@ -15,6 +15,7 @@ from .. import _native
 from ..reference import KERNEL_DTYPES
 from .atomic import dense_tensors, lock_of, state_as_it_was, values_as_they_were
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
+from .huge_pages import large_states_in_huge_pages
 from .odd import step_in_two
 from .ordinary import (
     check_backed,
@@ -133,7 +134,8 @@ class FusedOptimizer(Optimizer):
         options = [self._options(group) for group in self.param_groups] if not on_cuda else []
         if not on_cuda and self._overflowed():
             return
-        lists = [self._init_lists(group) for group in self.param_groups]
+        with large_states_in_huge_pages(self):
+            lists = [self._init_lists(group) for group in self.param_groups]
         if not on_cuda:
             self._unscale()
         if self._plan is not None and self._plan.step(self, reads_scaling=on_cuda):
