@@ -109,8 +109,10 @@ FASTOPT_HD void store(Half& to, float value) {
 // decay * average + (1 - decay) * value, rounded relative to the larger of the two weights, as torch.lerp is.
 template <class T>
 FASTOPT_HD T moving_average(T average, T value, T decay, T one_minus_decay) {
+  // Selected before the arithmetic: two numbers that are the same for all elements, and one product.
+  const bool is_slow = one_minus_decay < T(0.5);
   const T difference = value - average;
-  return one_minus_decay < T(0.5) ? average + one_minus_decay * difference : value - decay * difference;
+  return (is_slow ? average : value) + (is_slow ? one_minus_decay : -decay) * difference;
 }
 
 // The larger of two numbers, NaN if one of them is not a number, as torch.maximum.
