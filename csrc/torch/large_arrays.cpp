@@ -86,10 +86,12 @@ void release_pages(void* data) {
   std::free(data);
 }
 
-// Of states, which last: they get no more than they need, and nothing is kept of them.
+// Of states, which last: they get no more than they need, and nothing is kept of them. What the last page has left
+// over may be lost to others, so it is to be an eighth of the state at most.
 struct PageAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t n) override {
-    void* const data = n >= cpu::kHugePage ? cpu::allocate_pages(n) : nullptr;
+    const bool fills_pages = n >= cpu::kHugePage && cpu::in_whole_pages(n) - n <= n / 8;
+    void* const data = fills_pages ? cpu::allocate_pages(n) : nullptr;
     if (!data) return c10::GetCPUAllocator()->allocate(n);
     c10::profiledCPUMemoryReporter().New(data, n);
     return {data, data, &release_pages, c10::Device(c10::kCPU)};

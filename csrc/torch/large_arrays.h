@@ -10,7 +10,7 @@ namespace fastopt {
 // was freed last is kept for the next such tensor of about its size: in a training loop, for the next step's gradient.
 at::Tensor empty_large(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype);
 
-// An uninitialised tensor like a parameter, to be its state: in huge pages from 2 MiB on if it is on the CPU.
+// An uninitialised tensor like a parameter, to be its state: in huge pages if it is on the CPU and fills some of 2 MiB.
 at::Tensor empty_state(const at::Tensor& param);
 
 // The same of zeros.

@@ -1,4 +1,4 @@
-"""States in huge pages, where a step waits less for memory: those of 2 MiB or more on the CPU."""
+"""States in huge pages, where a step waits less for memory: those on the CPU that fill some, of 2 MiB each."""
 
 import contextlib
 
