@@ -26,7 +26,11 @@ def large_states_in_huge_pages(optimizer):
 
 def _lacks_large_states(optimizer, group):
     return any(
-        param.grad is not None and param.is_cpu and param.nbytes >= MIN_BYTES and not optimizer.state.get(param)
+        param.grad is not None
+        and param.is_cpu
+        and param.layout == torch.strided
+        and param.nbytes >= MIN_BYTES
+        and not optimizer.state.get(param)
         for param in group["params"]
     )
 
