@@ -19,13 +19,12 @@ configurations = pytest.mark.parametrize(
 )
 
 
-def stepped(module, name, options, shape, dtype=torch.float32, memory_format=torch.contiguous_format, n_steps=1):
+def stepped(module, name, options, shape, dtype=torch.float32, memory_format=torch.contiguous_format):
     generator = torch.Generator().manual_seed(0)
     param = torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format).requires_grad_()
     optimizer = getattr(module, name)([param], **options)
-    for _ in range(n_steps):
-        param.grad = torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format)
-        optimizer.step()
+    param.grad = torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format)
+    optimizer.step()
     return optimizer, param
 
 

@@ -56,7 +56,7 @@ FASTOPT_HD bool is_fetched() {
 
 template <int64_t kBlock, class S>
 FASTOPT_HD void fetch_block(const S* block) {
-  for (int64_t i = 0; i < kBlock; i += 64 / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(block + i);
+  for (int64_t i = 0; i < kBlock; i += kLineBytes / static_cast<int64_t>(sizeof(S))) __builtin_prefetch(block + i);
 }
 
 // Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left, and fetches if

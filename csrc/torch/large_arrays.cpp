@@ -65,8 +65,12 @@ void release_block(void* context) {
   delete block;
 }
 
+struct CpuAllocator : c10::Allocator {
+  void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
+};
+
 // Of gradients.
-struct BlockAllocator final : c10::Allocator {
+struct BlockAllocator final : CpuAllocator {
   c10::DataPtr allocate(size_t n) override {
     if (n >= 2 * cpu::kHugePage) {
       Block block = kept_block().take(n);
@@ -78,7 +82,6 @@ struct BlockAllocator final : c10::Allocator {
     }
     return c10::GetCPUAllocator()->allocate(n);
   }
-  void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 
 void release_pages(void* data) {
@@ -88,7 +91,7 @@ void release_pages(void* data) {
 
 // Of states, which last: they get no more than they need, and nothing is kept of them. What the last page has left
 // over may be lost to others, so it is to be an eighth of the state at most.
-struct PageAllocator final : c10::Allocator {
+struct PageAllocator final : CpuAllocator {
   c10::DataPtr allocate(size_t n) override {
     const bool fills_pages = n >= cpu::kHugePage && cpu::in_whole_pages(n) - n <= n / 8;
     void* const data = fills_pages ? cpu::allocate_pages(n) : nullptr;
@@ -96,7 +99,6 @@ struct PageAllocator final : c10::Allocator {
     c10::profiledCPUMemoryReporter().New(data, n);
     return {data, data, &release_pages, c10::Device(c10::kCPU)};
   }
-  void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 
 at::Tensor empty_of(c10::Allocator& allocator, at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType dtype) {

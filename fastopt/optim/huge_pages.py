@@ -8,8 +8,6 @@ from torch.overrides import TorchFunctionMode
 from .. import _native
 from .ordinary import has_ordinary_containers
 
-MIN_BYTES = 2 << 20
-
 
 def large_states_in_huge_pages(optimizer):
     """A context in which torch makes states as ever, but large ones get memory of the library's."""
@@ -17,19 +15,19 @@ def large_states_in_huge_pages(optimizer):
     is_needed = (
         library is not None
         and has_ordinary_containers(optimizer)
-        and any(_lacks_large_states(optimizer, group) for group in optimizer.param_groups)
+        and any(_lacks_large_states(optimizer, group, library.huge_page) for group in optimizer.param_groups)
     )
     if not is_needed:
         return contextlib.nullcontext()
     return _ZerosInHugePages(library.zero_state)
 
 
-def _lacks_large_states(optimizer, group):
+def _lacks_large_states(optimizer, group, min_bytes):
     return any(
         param.grad is not None
         and param.is_cpu
         and param.layout == torch.strided
-        and param.nbytes >= MIN_BYTES
+        and param.nbytes >= min_bytes
         and not optimizer.state.get(param)
         for param in group["params"]
     )
