@@ -154,6 +154,12 @@ def keys_that_are_not_interned(optimizer, params):
             state["".join(list(key))] = state.pop(key)
 
 
+@change(None)
+def a_count_of_two_parameters(optimizer, params):
+    if "step" in optimizer.state[params[0]]:
+        optimizer.state[params[0]]["step"] = optimizer.state[params[-1]]["step"]
+
+
 @change(True)
 def a_loaded_state(optimizer, params):
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))

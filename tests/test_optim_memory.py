@@ -24,6 +24,19 @@ def from_numpy(array, *shape):
     return torch.from_numpy(array).view(shape or array.shape)
 
 
+def one_count_of_steps(make):
+    """Of all parameters, so many that several threads find them: each of them counts it up."""
+    params = [torch.nn.Parameter(torch.linspace(1, 2, 3)) for _ in range(200)]
+    optimizer = make(params)
+    for step in range(4):
+        states = [optimizer.state[p] for p in params if "step" in optimizer.state[p]]
+        for state in states if step == 2 else []:
+            state["step"] = states[0]["step"]
+        for p in params:
+            p.grad = torch.linspace(-1, 1 + step, 3)
+        yield optimizer, params
+
+
 def gradient_over_another_parameter(make):
     memory = np.linspace(1, 2, N, dtype=np.float32)
     params = [torch.nn.Parameter(from_numpy(memory)), torch.nn.Parameter(torch.ones(N))]
@@ -125,6 +138,7 @@ def parameter_shrunk_and_another_put_behind_it(make):
 
 
 SHARED = [
+    one_count_of_steps,
     gradient_over_another_parameter,
     gradient_over_a_part_of_another_parameter,
     gradient_through_dlpack,

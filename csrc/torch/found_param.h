@@ -13,8 +13,8 @@ namespace fastopt {
 
 struct FoundParam {
   PyObject* own_state = nullptr;     // the dict of its states, or null
-  const at::Tensor* step = nullptr;  // or null
-  ParamTensors tensors{};            // a state is null if this step makes it; without a gradient, none
+  const at::Tensor* step = nullptr;  // its count of steps, wherever it is, or null
+  ParamTensors tensors{};            // a state is null if this step makes it; without a gradient, none; no step
 };
 
 // The keys of a parameter's state. Made with the interpreter lock.
@@ -79,42 +79,26 @@ template <class Family, bool kOnAnyThread>
   return nullptr;
 }
 
-// The count of a parameter's steps, if the CPU counts them.
-struct StepNumber {
-  c10::TensorImpl* tensor = nullptr;
-  void* in_memory = nullptr;  // or null
-  bool is_double = false;
+// Why a tensor, wherever it is, is no count of steps, or null.
+inline const char* fault_of_step(const at::Tensor& step) {
+  const bool is_real = step.scalar_type() == at::kDouble || step.scalar_type() == at::kFloat;
+  if (step.numel() != 1 || !is_real) return "a step is not a number";
+  return step.is_inference() ? "a step was made in inference mode" : nullptr;
+}
 
-  double next() const {
-    if (is_double) return *static_cast<const double*>(in_memory) + 1;
-    return static_cast<double>(*static_cast<const float*>(in_memory) + 1);
+// Reads the count of steps, the one to come included. Returns why it cannot be counted on the CPU, or null. Raises
+// RuntimeError if its memory has been freed.
+inline const char* read_step(const at::Tensor& step, double& count) {
+  if (const char* fault = fault_of_step(step)) return fault;
+  if (!is_plain_cpu(step)) return "a step is not in CPU memory";
+  check_backed(step, "a step");
+  const void* const number = step.const_data_ptr();
+  if (step.scalar_type() == at::kDouble) {
+    count = *static_cast<const double*>(number) + 1;
+  } else {
+    count = static_cast<double>(*static_cast<const float*>(number) + 1);
   }
-  void write(double count) const {
-    if (is_double) {
-      *static_cast<double*>(in_memory) = count;
-    } else {
-      *static_cast<float*>(in_memory) = static_cast<float>(count);
-    }
-    tensor->bump_version();
-  }
-
-  // Returns why a step tensor, wherever it is, is no such number, or null.
-  static const char* fault_of(const at::Tensor& step) {
-    const bool is_real = step.scalar_type() == at::kDouble || step.scalar_type() == at::kFloat;
-    if (step.numel() != 1 || !is_real) return "a step is not a number";
-    return step.is_inference() ? "a step was made in inference mode" : nullptr;
-  }
-
-  // Returns why it cannot be counted on the CPU, or null. Raises RuntimeError if its memory has been freed.
-  const char* read(const at::Tensor& step) {
-    if (const char* fault = fault_of(step)) return fault;
-    if (!is_plain_cpu(step)) return "a step is not in CPU memory";
-    check_backed(step, "a step");
-    tensor = step.unsafeGetTensorImpl();
-    in_memory = step.mutable_data_ptr();
-    is_double = step.scalar_type() == at::kDouble;
-    return next() >= 1 ? nullptr : "a step is negative";
-  }
-};
+  return count >= 1 ? nullptr : "a step is negative";
+}
 
 }  // namespace fastopt

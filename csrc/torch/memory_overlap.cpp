@@ -39,7 +39,7 @@ void MemoryOverlap::check_written() {
   storages_.assign(capacity, nullptr);
   sorted_.clear();
   is_all_own_ = true;
-  for (const auto& [memory, tensor] : written()) {
+  for (const auto& [memory, tensor, is_count] : written()) {
     if (memory.begin == memory.end) continue;
     sorted_.push_back(memory);
     storages_[slot_of(storages_, memory.storage)] = memory.storage;

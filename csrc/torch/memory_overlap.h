@@ -45,10 +45,13 @@ class MemoryOverlap {
   struct Written {
     Memory memory;
     c10::TensorImpl* tensor;
+    bool is_count;  // a number in CPU memory, to which each step adds 1
 
     // Whether it was another.
-    bool replace(const Memory& now, c10::TensorImpl* its_tensor) {
+    bool replace(const Memory& now, c10::TensorImpl* its_tensor, bool is_now_count = false) {
       tensor = its_tensor;
+      [[maybe_unused]] const auto version = tensor->version_counter().current_version();  // fetched: it will be written
+      is_count = is_now_count;
       if (memory.begin == now.begin && memory.end == now.end && memory.storage == now.storage &&
           memory.is_own == now.is_own) {
         return false;
@@ -90,6 +93,7 @@ class MemoryOverlap {
 
   std::span<const Written> written() const { return {written_.data(), static_cast<size_t>(next_ - written_.data())}; }
   const std::vector<Read>& reads() const { return reads_; }
+  const Written* end_of_room() const { return end_; }
   bool is_found();
   bool touches(const char* begin, const char* end) const {
     const auto is_in = [&](const auto& use) { return use.memory.begin < end && begin < use.memory.end; };

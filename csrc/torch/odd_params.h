@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <algorithm>  // all_of, any_of, none_of
+#include <algorithm>  // all_of, any_of
 #include <utility>    // move
 #include <vector>
 
@@ -57,13 +57,13 @@ class OddParams {
   }
   const std::vector<py::object>& params() const { return params_; }
 
-  // Whether none of what a batch and its `steps`, numbers in memory, consist of is in their memory, their gradients' or
-  // their states'; no, where that cannot be told.
-  bool are_apart(const UpdateBatch& batch, const StateWalk& walk, const std::vector<const void*>& steps) const {
+  // Whether none of a batch's tensors is in their memory, their gradients' or their states'; no, where that cannot be
+  // told.
+  bool are_apart(const UpdateBatch& batch, const StateWalk& walk) const {
     return std::all_of(params_.begin(), params_.end(), [&](const py::object& param) {
       const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
-      if (tensor.layout() != at::kStrided || !is_apart(tensor, batch, steps)) return false;
-      if (!is_apart(tensor.unsafeGetTensorImpl()->grad(), batch, steps)) return false;
+      if (tensor.layout() != at::kStrided || !is_apart(tensor, batch)) return false;
+      if (!is_apart(tensor.unsafeGetTensorImpl()->grad(), batch)) return false;
       size_t guess = 0;
       PyObject* const own_state = walk.find(param.ptr(), guess);
       if (own_state && !is_ordinary_dict(own_state)) return false;
@@ -71,21 +71,20 @@ class OddParams {
       PyObject *key, *value;
       while (own_state && PyDict_Next(own_state, &position, &key, &value)) {
         if (!THPVariable_Check(value)) continue;
-        if (!is_ordinary_tensor(value) || !is_apart(THPVariable_Unpack(value), batch, steps)) return false;
+        if (!is_ordinary_tensor(value) || !is_apart(THPVariable_Unpack(value), batch)) return false;
       }
       return true;
     });
   }
 
  private:
-  static bool is_apart(const at::Tensor& tensor, const UpdateBatch& batch, const std::vector<const void*>& steps) {
+  static bool is_apart(const at::Tensor& tensor, const UpdateBatch& batch) {
     if (tensor.is_sparse()) {
-      return is_apart(tensor._indices(), batch, steps) && is_apart(tensor._values(), batch, steps);
+      return is_apart(tensor._indices(), batch) && is_apart(tensor._values(), batch);
     }
     if (tensor.layout() != at::kStrided || !tensor.has_storage() || !is_backed(tensor)) return false;
     const auto [begin, end] = memory_range(tensor);
-    const auto is_in = [begin = begin, end = end](const void* step) { return begin <= step && step < end; };
-    return std::none_of(steps.begin(), steps.end(), is_in) && !batch.uses(begin, end);
+    return !batch.uses(begin, end);
   }
 
   bool is_search_ = false;

@@ -57,7 +57,7 @@ class Stepper {
     std::vector<py::object> found;
     try {
       const bool is_split = gather_all(optimizer.ptr(), reads_scaling) && !is_scaled_ && batch_.size() > 0 &&
-                            !batch_.has(Backend::kCuda) && odd_.are_apart(batch_, walk_, steps_in_memory());
+                            !batch_.has(Backend::kCuda) && odd_.are_apart(batch_, walk_);
       if (is_split) found = odd_.params();
     } catch (...) {
       clear();
@@ -75,7 +75,6 @@ class Stepper {
   struct Entry {
     size_t group = 0;
     double count = 0;  // of steps, this one included; 0 if the kernel counts
-    StepNumber step;
   };
 
   // What the last step knew of a parameter.
@@ -133,7 +132,6 @@ class Stepper {
   bool run() {
     if (is_skipped_) return true;
     const at::Tensor* const found_inf = optimizer_.found_inf();
-    count_steps();
     if (batch_.numel() >= kMinElementsToReleaseGil) {
       batch_.hold();
       py::gil_scoped_release no_gil;
@@ -183,13 +181,13 @@ class Stepper {
       // A default device places steps too, whatever the options.
       const bool is_on_device = group.wants_device_steps || !is_plain_cpu(step);
       if (is_cuda && is_on_device && backend_of(step) == Backend::kCuda) {
-        if ((fault = StepNumber::fault_of(step))) return refuse(fault);
+        if ((fault = fault_of_step(step))) return refuse(fault);
         if (step.device() != param.device()) return refuse("a step is on another device");
         step_on_device = &step;
       } else {
         if (group.is_capturable || is_scaled_) return refuse("a step is not on its parameter's device");
-        if ((fault = entry.step.read(step))) return refuse(fault);
-        entry.count = entry.step.next();
+        if ((fault = read_step(step, entry.count))) return refuse(fault);
+        found.tensors.step = &step;
       }
     } else {
       const bool is_first = made_states_.make(object, found);
@@ -236,7 +234,8 @@ class Stepper {
     if (fault || threads.count < 2) return false;
     entries_.resize(n_places);
     bool is_done = batch_.add_together(
-        static_cast<int64_t>(listed_.size()), n_places, n_states_of<Family>(groups_[0].options), threads,
+        static_cast<int64_t>(listed_.size()), n_places, 1 + n_states_of<Family>(groups_[0].options) + Family::kHasStep,
+        threads,
         [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], guesses_[i], place); });
     for (int64_t i = 0; is_done && i < n_places; ++i) is_done = give_rule(i);
     if (is_done) {
@@ -266,8 +265,8 @@ class Stepper {
     }
     Entry entry{listed.group, 2};
     if constexpr (Family::kHasStep) {
-      if (entry.step.read(*found.step)) return false;
-      entry.count = entry.step.next();
+      if (read_step(*found.step, entry.count)) return false;
+      found.tensors.step = found.step;
     }
     entries_[listed.place] = entry;
     return place(found.tensors, listed.place);
@@ -279,25 +278,6 @@ class Stepper {
     if (rule < 0) return false;
     batch_.set_rule(i, rule);
     return true;
-  }
-
-  std::vector<const void*> steps_in_memory() const {
-    std::vector<const void*> steps;
-    for (const Entry& entry : entries_) steps.push_back(entry.step.in_memory);
-    return steps;
-  }
-
-  // Counts each parameter's step up, in order.
-  void count_steps() {
-    for (int64_t i = 0; i < batch_.size(); ++i) {
-      Entry& entry = entries_[i];
-      if (!entry.step.in_memory) continue;
-      const double count = entry.step.next();
-      entry.step.write(count);
-      if (count == entry.count) continue;
-      entry.count = count;  // parameters share a count, which has moved since it was read
-      give_rule(i);
-    }
   }
 
   OptimizerReader optimizer_;

@@ -4,10 +4,21 @@
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/COW.h>
 
+#include <algorithm>  // min
+
 #include "cpu/update.h"
 
 namespace fastopt {
 namespace {
+
+// How far ahead of the one that is read a parameter's tensors are fetched.
+constexpr int64_t kParamsAhead = 4;
+
+void fetch(const void* object, size_t n_bytes) {
+  const char* const begin = static_cast<const char*>(object);
+  for (size_t offset = 0; offset < n_bytes; offset += kLineBytes) __builtin_prefetch(begin + offset);
+  __builtin_prefetch(begin + n_bytes - 1);
+}
 
 // How a tensor compares with its parameter.
 enum class Likeness { kOtherShape, kOtherLayout, kSame };
@@ -25,6 +36,15 @@ Likeness likeness(const at::Tensor& tensor, const at::Tensor& param) {
   return lies_alike ? Likeness::kSame : Likeness::kOtherLayout;
 }
 
+// To the float or double in memory.
+void add_one(const Memory& number) {
+  if (number.end - number.begin == sizeof(double)) {
+    ++*reinterpret_cast<double*>(number.begin);
+  } else {
+    ++*reinterpret_cast<float*>(number.begin);
+  }
+}
+
 bool is_lazy_clone(const at::Tensor& tensor) {
   return c10::impl::cow::is_cow_data_ptr(tensor.unsafeGetTensorImpl()->unsafe_storage().data_ptr());
 }
@@ -39,6 +59,7 @@ void UpdateBatch::clear() {
   held_storages_.clear();
   overlap_.clear();
   numel_ = 0;
+  n_threads_ = 1;
   why_not_ = "";
 }
 
@@ -111,10 +132,21 @@ const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
   return nullptr;
 }
 
+// Fetches what the last step knew a few parameters further, at the same distance in its list: it may be gone.
+void UpdateBatch::fetch_ahead(const MemoryOverlap::Written* written, int n_written) const {
+  const MemoryOverlap::Written* const ahead = written + kParamsAhead * n_written;
+  if (ahead + n_written > overlap_.end_of_room()) return;
+  for (int i = 0; i < n_written; ++i) {
+    fetch(ahead[i].tensor, sizeof(c10::TensorImpl));
+    fetch(ahead[i].memory.storage, sizeof(c10::StorageImpl));
+  }
+}
+
 // `grad` is laid out as the parameter. Returns whether what is written is another than in the last step.
 bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
                        MemoryOverlap::Written* written, MemoryOverlap::Read& read) const {
   const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
+  fetch_ahead(written, tensors.n_written());
   const at::Tensor& param = *tensors.param;
   const int64_t numel = param.numel(), item_bytes = bytes_of(kind.dtype), state_item_bytes = bytes_of(kind.state_dtype);
   // What raises an error comes first.
@@ -122,6 +154,11 @@ bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor
       memory_of(grad, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
   const Memory param_memory =
       memory_of(param, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/true, "a parameter");
+  Memory step;
+  if (tensors.step) {
+    const auto step_bytes = static_cast<int64_t>(tensors.step->itemsize());
+    step = memory_of(*tensors.step, step_bytes, step_bytes, cpu_deleter_, /*is_written=*/true, "a step");
+  }
   std::array<Memory, kMaxStates> states;
   for (int s = 0; s < tensors.n_states; ++s) {
     states[s] = memory_of(*tensors.states[s], numel * state_item_bytes, state_item_bytes, own_deleter,
@@ -138,6 +175,9 @@ bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor
   bool is_changed = written[0].replace(param_memory, param.unsafeGetTensorImpl());
   for (int s = 0; s < tensors.n_states; ++s) {
     is_changed |= written[s + 1].replace(states[s], tensors.states[s]->unsafeGetTensorImpl());
+  }
+  if (tensors.step) {
+    is_changed |= written[tensors.n_states + 1].replace(step, tensors.step->unsafeGetTensorImpl(), /*is_count=*/true);
   }
   return is_changed;
 }
@@ -161,32 +201,32 @@ bool UpdateBatch::add(const ParamTensors& tensors) {
   }
   if (slabs_.size() == places_.size()) slabs_.emplace_back();
   Slab& slab = slabs_[places_.size()];
-  MemoryOverlap::Written* const written = overlap_.written_room(tensors.n_states + 1);
+  MemoryOverlap::Written* const written = overlap_.written_room(tensors.n_written());
   overlap_.note_changes(fill(slab, tensors, *grad_alike, kind, written, *overlap_.read_room(1)));
   places_.push_back(static_cast<int16_t>(place_));
   numel_ += slab.numel;
   return true;
 }
 
-UpdateBatch::Places UpdateBatch::make_places(int64_t n_params, int n_states) {
+UpdateBatch::Places UpdateBatch::make_places(int64_t n_params, int n_written) {
   place_ = place_of(c10::Device(c10::kCPU), Backend::kCpu);
   places_.assign(n_params, static_cast<int16_t>(place_));
   if (slabs_.size() < places_.size()) slabs_.resize(places_.size());
-  return {n_states, overlap_.written_room(n_params * (n_states + 1)), overlap_.read_room(n_params)};
+  return {n_written, overlap_.written_room(n_params * n_written), overlap_.read_room(n_params)};
 }
 
 bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed) {
   Kind kind;
-  if (tensors.n_states != places.n_states || find_fault(tensors, kind) || kind.backend != Backend::kCpu ||
-      !kind.is_grad_alike || is_lazy_clone(*tensors.param)) {
+  if (tensors.n_written() != places.n_written || find_fault(tensors, kind) || kind.backend != Backend::kCpu ||
+      !kind.is_grad_alike) {
     return false;
   }
   // Two tensors whose one copy is due may not get it on two threads.
+  if (is_lazy_clone(*tensors.param) || (tensors.step && is_lazy_clone(*tensors.step))) return false;
   for (int s = 0; s < tensors.n_states; ++s) {
     if (is_lazy_clone(*tensors.states[s])) return false;
   }
-  is_changed |=
-      fill(slabs_[i], tensors, *tensors.grad, kind, places.written + i * (places.n_states + 1), places.reads[i]);
+  is_changed |= fill(slabs_[i], tensors, *tensors.grad, kind, places.written + i * places.n_written, places.reads[i]);
   return true;
 }
 
@@ -194,7 +234,7 @@ void UpdateBatch::hold() {
   const auto hold_tensor = [&](c10::TensorImpl* tensor) {
     held_tensors_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
   };
-  for (const auto& [memory, tensor] : overlap_.written()) {
+  for (const auto& [memory, tensor, is_count] : overlap_.written()) {
     hold_tensor(tensor);
     held_storages_.push_back(tensor->storage());
   }
@@ -224,11 +264,25 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
     cpu::update(on_cpu.data(), static_cast<int64_t>(on_cpu.size()), rules_.data(), torch_threads());
     ++kernel_calls().cuda;
   }
-  for (const auto& [memory, tensor] : overlap_.written()) tensor->bump_version();
+  note_written();
   if (grad_scale) {
     for (const auto& [memory, tensor, held] : overlap_.reads()) tensor->bump_version();
   }
   ++kernel_calls().update;
+}
+
+// Counts steps and bumps versions, each on the thread that found the tensor and has it in its caches.
+void UpdateBatch::note_written() {
+  const auto written = overlap_.written();
+  const auto n = static_cast<int64_t>(written.size());
+  cpu::Threads threads = torch_threads();
+  threads.count = std::min(threads.count, n_threads_);
+  cpu::run_tasks(threads, threads.count, [&](int64_t part) {
+    for (int64_t i = part * n / threads.count; i < (part + 1) * n / threads.count; ++i) {
+      if (written[i].is_count) add_one(written[i].memory);
+      written[i].tensor->bump_version();
+    }
+  });
 }
 
 void UpdateBatch::run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf) {

@@ -21,6 +21,9 @@ struct ParamTensors {
   const at::Tensor* grad;
   std::array<const at::Tensor*, kMaxStates> states;
   int n_states;
+  const at::Tensor* step;  // one float or double in CPU memory, to which the batch adds 1 each step, or null
+
+  int n_written() const { return 1 + n_states + (step != nullptr); }
 };
 
 class UpdateBatch {
@@ -34,11 +37,12 @@ class UpdateBatch {
   bool add(const ParamTensors& tensors);
 
   // Takes parameters on several threads. `take(i, place)`, for each i in [0, n), on any of them: gives place(tensors,
-  // where), with each of [0, n_places) once, and returns what it does; each of the parameters has n_states, and is an
-  // ordinary one in CPU memory. If one is not, returns false; then clear() must follow. After clear().
+  // where), with each of [0, n_places) once, and returns what it does; each of the parameters has n_written() tensors
+  // that are written, and is an ordinary one in CPU memory. If one is not, returns false; then clear() must follow.
+  // After clear().
   template <class F>
-  bool add_together(int64_t n, int64_t n_places, int n_states, const cpu::Threads& threads, F&& take) {
-    const Places places = make_places(n_places, n_states);
+  bool add_together(int64_t n, int64_t n_places, int n_written, const cpu::Threads& threads, F&& take) {
+    const Places places = make_places(n_places, n_written);
     std::atomic<int64_t> numel{0};
     std::atomic<bool> is_all{true}, is_changed{false};
     cpu::run_tasks(threads, threads.count, [&](int64_t part) {
@@ -60,6 +64,7 @@ class UpdateBatch {
       if (is_part_changed) is_changed = true;
     });
     numel_ = numel;
+    n_threads_ = threads.count;
     overlap_.note_changes(is_changed);
     return is_all;
   }
@@ -86,8 +91,9 @@ class UpdateBatch {
   int32_t add_rule(const RuleValue& rule);
   void set_rule(int64_t i, int32_t rule) { replace(slabs_[i].rule, rule); }
 
-  // Runs the kernels and bumps the version of each tensor written. With a GradScaler's numbers, which are for tensors
-  // on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either may be null.
+  // Runs the kernels, counts steps and bumps the version of each tensor written. With a GradScaler's numbers, which are
+  // for tensors on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either
+  // may be null.
   void run(const at::Tensor* grad_scale = nullptr, const at::Tensor* found_inf = nullptr);
 
   const char* why_not() const { return why_not_; }
@@ -117,17 +123,19 @@ class UpdateBatch {
 
   // Of parameters that are added together.
   struct Places {
-    int n_states;
+    int n_written;  // of each
     MemoryOverlap::Written* written;
     MemoryOverlap::Read* reads;
   };
 
   static const char* find_fault(const ParamTensors& tensors, Kind& kind);
+  void fetch_ahead(const MemoryOverlap::Written* written, int n_written) const;
   bool fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
             MemoryOverlap::Written* written, MemoryOverlap::Read& read) const;
-  Places make_places(int64_t n_params, int n_states);
+  Places make_places(int64_t n_params, int n_written);
   bool fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed);
   size_t place_of(c10::Device device, Backend backend);
+  void note_written();
   void run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf);
 
   bool refuse(const char* why) {
@@ -140,6 +148,7 @@ class UpdateBatch {
   std::vector<int16_t> places_;  // of this step's slabs_, indices into devices_
   std::vector<Place> devices_;   // all that were ever met
   size_t place_ = 0;             // of the last tensor taken
+  const c10::DeleterFnPtr cpu_deleter_ = c10::GetAllocator(c10::kCPU)->raw_deleter();
   std::vector<RuleValue> rules_;
   std::vector<at::Tensor> copies_;  // gradients brought into their parameter's layout
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_tensors_;
@@ -147,6 +156,7 @@ class UpdateBatch {
   // Writes the parameters and states of slabs_, and step counts on a GPU; reads the gradients.
   MemoryOverlap overlap_;
   int64_t numel_ = 0;
+  int n_threads_ = 1;  // that took the tensors
   const char* why_not_ = "";
 };
 
