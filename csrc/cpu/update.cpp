@@ -46,12 +46,9 @@ void update_slab(const Slab& slab, const RuleValue* rules, int64_t begin, int64_
 // Fetches the first lines of a tensor that comes soon: where each one lies tells nothing of the next.
 void fetch_start(const Slab& slab, const RuleValue* rules) {
   const int64_t n_bytes = std::min<int64_t>(slab.numel * bytes_of(slab.dtype), kFetchedBytes);
-  const auto fetch_array = [&](const void* array) {
-    for (int64_t i = 0; i < n_bytes; i += kLineBytes) __builtin_prefetch(static_cast<const char*>(array) + i);
-  };
-  fetch_array(slab.param);
-  fetch_array(slab.grad);
-  for (int s = 0; s < rules[slab.rule].n_states; ++s) fetch_array(slab.state[s]);
+  fetch(slab.param, n_bytes);
+  fetch(slab.grad, n_bytes);
+  for (int s = 0; s < rules[slab.rule].n_states; ++s) fetch(slab.state[s], n_bytes);
 }
 
 }  // namespace

@@ -14,12 +14,6 @@ namespace {
 // How far ahead of the one that is read a parameter's tensors are fetched.
 constexpr int64_t kParamsAhead = 4;
 
-void fetch(const void* object, size_t n_bytes) {
-  const char* const begin = static_cast<const char*>(object);
-  for (size_t offset = 0; offset < n_bytes; offset += kLineBytes) __builtin_prefetch(begin + offset);
-  __builtin_prefetch(begin + n_bytes - 1);
-}
-
 // How a tensor compares with its parameter.
 enum class Likeness { kOtherShape, kOtherLayout, kSame };
 
