@@ -148,12 +148,13 @@ class UpdateBatch {
   std::vector<int16_t> places_;  // of this step's slabs_, indices into devices_
   std::vector<Place> devices_;   // all that were ever met
   size_t place_ = 0;             // of the last tensor taken
+  // Of the memory of counts in CPU memory, wherever their parameters are.
   const c10::DeleterFnPtr cpu_deleter_ = c10::GetAllocator(c10::kCPU)->raw_deleter();
   std::vector<RuleValue> rules_;
   std::vector<at::Tensor> copies_;  // gradients brought into their parameter's layout
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_tensors_;
   std::vector<c10::Storage> held_storages_;
-  // Writes the parameters and states of slabs_, and step counts on a GPU; reads the gradients.
+  // Writes the parameters and states of slabs_, and counts of steps; reads the gradients.
   MemoryOverlap overlap_;
   int64_t numel_ = 0;
   int n_threads_ = 1;  // that took the tensors
