@@ -186,6 +186,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.timed
 def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("slow", (SLOW,)), Row("once slow", ONCE_SLOW), Row("fast", (FAST,))]
     monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
@@ -201,6 +202,7 @@ def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, tw
     assert [len(row.made) for row in table] == [3, 2, 1]
 
 
+@pytest.mark.timed
 def test_nothing_slow_is_success_on_all_threads_and_on_one(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("a fast one", (FAST,)), Row("another", (FAST,)), Row("other", (FAST,), 10**9)]
     monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
@@ -256,6 +258,7 @@ def test_help_and_list_say_the_bar_and_the_bytes(capsys):
     assert capsys.readouterr().out == "cross-entropy 64 x 10 bf16, weight  (3,072 B)\n"
 
 
+@pytest.mark.timed
 def test_sweep_of_real_rows_ends_within_its_time(capsys):
     started = time.monotonic()
     assert main(["bench", "sweep", "--quick", "--seconds", "1", "--seed", "5"]) in (0, 1)

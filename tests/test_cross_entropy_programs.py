@@ -230,6 +230,7 @@ def test_threads_do_not_disturb_each_other():
     assert not failures
 
 
+@pytest.mark.timed
 @pytest.mark.native
 @pytest.mark.parametrize("inplace_backward", [False, True])
 def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward):

@@ -269,6 +269,7 @@ def seconds_of_steps(cases, n):
     return best
 
 
+@pytest.mark.timed
 @pytest.mark.native
 @configurations
 def test_many_tensors_in_one_storage_take_no_longer_than_in_torch(name, options):
