@@ -56,10 +56,10 @@ def test_states_that_fill_pages_begin_with_one_and_are_as_torchs(name, options, 
     found = states(optimizer, param)
     assert list(found) == list(expected)
     # Memory of malloc's begins with a page by chance, but not in each of nine.
-    more = [] if is_large else [stepped(fastopt, name, options, shape, dtype, memory_format) for _ in range(8)]
-    made = [*found.values(), *(state for one in more for state in states(*one).values())]
-    assert all(state.data_ptr() % HUGE_PAGE == 0 for state in made) == is_large
+    n_more = 0 if is_large else 8
+    made = [found, *(states(*stepped(fastopt, name, options, shape, dtype, memory_format)) for _ in range(n_more))]
     for key, state in found.items():
+        assert all(one[key].data_ptr() % HUGE_PAGE == 0 for one in made) == is_large
         assert type(state) is torch.Tensor
         assert state.stride() == expected[key].stride()
         assert state.dtype == dtype
