@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 
 import fastopt
@@ -23,20 +24,25 @@ FIRST_USE = """
     import torch, fastopt
     from fastopt import _native
 
+    theirs = torch.nn.functional.cross_entropy
     x = torch.randn(64, 1000, requires_grad=True)
     target = torch.randint(0, 1000, (64,))
+    if {was_replaced}:
+        torch.nn.functional.cross_entropy = fastopt.functional.cross_entropy
+        torch.compile(torch.sin)(x)
+        torch.nn.functional.cross_entropy = theirs
     compiled = torch.compile(lambda x, target: fastopt.functional.cross_entropy(x, target), fullgraph=True)
     compiled(x, target).backward()
     calls = _native.module().kernel_calls()["cross_entropy"] if _native.module() else 0
-    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x, target), x)[0]
+    expected = torch.autograd.grad(theirs(x, target), x)[0]
     torch.testing.assert_close(x.grad, expected)
     print("kernel calls", calls)
 """
 
 
-def first_use(cache, backend):
+def first_use(cache, backend, was_replaced=False):
     env = {**os.environ, "FASTOPT_BACKEND": backend, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-c", textwrap.dedent(FIRST_USE)]
+    command = [sys.executable, "-c", textwrap.dedent(FIRST_USE).format(was_replaced=was_replaced)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip()
@@ -47,6 +53,13 @@ def test_the_first_use_in_a_process_takes_the_kernels_whatever_is_cached(tmp_pat
     """A program that was compiled without kernels is not taken for one with them, nor the other way round."""
     for backend in ("reference", "native", "native", "reference"):
         assert first_use(tmp_path, backend) == f"kernel calls {1 if backend == 'native' else 0}"
+
+
+@pytest.mark.skipif(bool(os.environ.get("FASTOPT_SANITIZE")), reason="compiles in two more processes")
+def test_kernels_are_taken_after_the_loss_was_in_the_place_of_torchs(tmp_path):
+    """Dynamo lists torch's functions at its first compilation, and looks into none of them ever after."""
+    for backend in ("native", "reference"):
+        assert first_use(tmp_path, backend, was_replaced=True) == f"kernel calls {1 if backend == 'native' else 0}"
 
 
 def logits_and_target():
