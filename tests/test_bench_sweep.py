@@ -212,6 +212,15 @@ def test_nothing_slow_is_success_on_all_threads_and_on_one(short_repeats, two_th
     assert [len(row.made) for row in table] == [0, 2, 0]
 
 
+def test_a_row_is_chosen_by_its_name_as_it_is_printed(two_threads, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(sweep, "_sweep", lambda pairs, seconds: chosen.extend(pairs) or 0)
+    table = [Row("a", (FAST,)), Row("another", (FAST,))]
+    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    assert main(["bench", "sweep", "--only", "another, 2 threads"]) == 0
+    assert chosen == [(table[1], 2)]
+
+
 def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_repeats, monkeypatch, capsys):
     table = [Row(f"row {index}", (FAST,)) for index in range(50)]
     monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)

@@ -53,7 +53,8 @@ class Times:
 def add_arguments(parser):
     """The sweep's arguments on ``parser``; what it shares with the benchmark may stand before the command too."""
     shared = dict(default=argparse.SUPPRESS)
-    parser.add_argument("--only", metavar="TEXT", help="rows whose name has TEXT", **shared)
+    only = 'rows whose name has TEXT, with ", N threads" as it is printed'
+    parser.add_argument("--only", metavar="TEXT", help=only, **shared)
     parser.add_argument("--threads", type=at_least(1), help="threads of both; default: torch's, and 1", **shared)
     quick = f"{QUICK_SECONDS:g} s, no row of over {QUICK_BYTES / 1e6:g} MB"
     parser.add_argument("--quick", action="store_true", help=quick, **shared)
@@ -66,19 +67,19 @@ def add_arguments(parser):
 def run(args, parser):
     """Do what ``args`` ask for and return the exit status."""
     rng = random.Random(args.seed)
-    found = [
-        row
+    threads = [args.threads] if args.threads else sorted({torch.get_num_threads(), 1}, reverse=True)
+    pairs = [
+        (row, n_threads)
         for row in rows.rows(rng if args.seed is not None else None)
-        if args.only.lower() in row.name.lower() and not (args.quick and row.bytes_moved > QUICK_BYTES)
+        for n_threads in threads
+        if args.only.lower() in _name(row, n_threads).lower() and not (args.quick and row.bytes_moved > QUICK_BYTES)
     ]
-    if not found:
+    if not pairs:
         parser.error(f"argument --only: must be part of a row's name (see --list), got {args.only!r}")
     if args.list:
-        for row in found:
-            print(f"{row.name}  ({row.bytes_moved:,} B)")
+        for line in dict.fromkeys(f"{row.name}  ({row.bytes_moved:,} B)" for row, _ in pairs):
+            print(line)
         return 0
-    threads = [args.threads] if args.threads else sorted({torch.get_num_threads(), 1}, reverse=True)
-    pairs = [(row, n_threads) for row in found for n_threads in threads]
     rng.shuffle(pairs)
     seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
     before = torch.get_num_threads()
@@ -88,6 +89,10 @@ def run(args, parser):
         torch.set_num_threads(before)
 
 
+def _name(row, n_threads):
+    return f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}"
+
+
 def _sweep(pairs, seconds):
     deadline = time.monotonic() + seconds
     n_slow, n_failed, timed = 0, 0, {}
@@ -95,7 +100,7 @@ def _sweep(pairs, seconds):
         left_s = deadline - time.monotonic()
         if left_s <= 0 and index > 0:
             break
-        name = f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}"
+        name = _name(row, n_threads)
         torch.set_num_threads(n_threads)
         try:
             times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(pairs) - index))))
