@@ -40,7 +40,7 @@ FIRST_USE = """
 """
 
 
-def first_use(cache, backend, was_replaced=False):
+def first_use(cache, backend, was_replaced):
     env = {**os.environ, "FASTOPT_BACKEND": backend, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     command = [sys.executable, "-c", textwrap.dedent(FIRST_USE).format(was_replaced=was_replaced)]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
@@ -48,18 +48,18 @@ def first_use(cache, backend, was_replaced=False):
     return result.stdout.strip()
 
 
-@pytest.mark.skipif(bool(os.environ.get("FASTOPT_SANITIZE")), reason="compiles in four more processes")
-def test_the_first_use_in_a_process_takes_the_kernels_whatever_is_cached(tmp_path):
-    """A program that was compiled without kernels is not taken for one with them, nor the other way round."""
-    for backend in ("reference", "native", "native", "reference"):
-        assert first_use(tmp_path, backend) == f"kernel calls {1 if backend == 'native' else 0}"
-
-
-@pytest.mark.skipif(bool(os.environ.get("FASTOPT_SANITIZE")), reason="compiles in two more processes")
-def test_kernels_are_taken_after_the_loss_was_in_the_place_of_torchs(tmp_path):
-    """Dynamo lists torch's functions at its first compilation, and looks into none of them ever after."""
-    for backend in ("native", "reference"):
-        assert first_use(tmp_path, backend, was_replaced=True) == f"kernel calls {1 if backend == 'native' else 0}"
+@pytest.mark.skipif(bool(os.environ.get("FASTOPT_SANITIZE")), reason="compiles in more processes")
+@pytest.mark.parametrize(
+    ("was_replaced", "backends"),
+    [(False, ("reference", "native", "native", "reference")), (True, ("native", "reference"))],
+)
+def test_the_first_use_in_a_process_takes_the_kernels(was_replaced, backends, tmp_path):
+    """Whatever is cached: a program that was compiled without kernels is not taken for one with them, nor the other way
+    round. And if the loss was in the place of torch's: Dynamo lists torch's functions at its first compilation, and
+    looks into none of them ever after.
+    """
+    for backend in backends:
+        assert first_use(tmp_path, backend, was_replaced) == f"kernel calls {1 if backend == 'native' else 0}"
 
 
 def logits_and_target():
