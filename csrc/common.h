@@ -1,4 +1,4 @@
-// What every source shares: the host-device marker, fixed inlining, stored types and their conversions.
+// Shared by every source: the host-device marker, fixed inlining, stored types and their conversions.
 #pragma once
 
 #include <cstdint>

@@ -79,7 +79,7 @@ def _grad_dtype(input):
 
 
 def _cross_entropy_backward(grad_output, grad, input):
-    if grad_output.layout != torch.strided:  # whose product with the gradient would be of another shape
+    if grad_output.layout != torch.strided:  # its product with the gradient would have another shape
         raise NotImplementedError(f"grad_output of cross_entropy must be strided, got {grad_output.layout}")
     if grad_output.dim() > 0:
         grad_output = grad_output.unsqueeze(1)
@@ -195,7 +195,7 @@ def define():
 
 
 def _until_loaded(operator):
-    """What runs while the tensors' device has no kernel: look for the library once, then the reference."""
+    """The implementation while the tensors' device has no kernel: look for the library once, then the reference."""
     looked_for = set()  # device types
 
     def call(*args, **kwargs):

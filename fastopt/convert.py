@@ -31,7 +31,7 @@ def convert_state_dict(state_dict, optimizer):
     ``bias_correction``, or bitsandbytes' states. Options that the optimizer's own groups lack are refused, except those
     of the layouts above, those of how torch computes (``foreach``, ``fused``, ``capturable``, ``differentiable``) and
     what torch's schedulers leave (``initial_lr``, ``max_lr``, ...). An algorithm that saves just the options and states
-    of one of these, as a subclass of it does, cannot be told from it.
+    of one of these, as a subclass of it does, cannot be distinguished from it.
 
     What the source saves of its groups replaces the optimizer's own, as in ``load_state_dict``; what it does not save,
     such as whether apex or DeepSpeed decoupled the decay, is the optimizer's. So an AdamW goes on as an AdamW in an
@@ -198,7 +198,7 @@ def _family(optimizer):
 
 
 def _is_bitsandbytes(groups, states):
-    """Whether bitsandbytes saved them: told by its states or, before its first step, by its options."""
+    """True if bitsandbytes saved them, by the names of states or, before the first step, of options."""
     if states:
         return any("state1" in state for state in states.values())
     return all({"betas"} <= group.keys() <= _BITSANDBYTES | _HARMLESS for group in groups)

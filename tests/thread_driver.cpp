@@ -30,21 +30,21 @@ std::vector<float> updated(const cpu::Threads& threads) {
     for (uint32_t i = 0; i < 4; ++i) memory.push_back(i == 3 ? std::vector<float>(n) : numbers(n, i + 1));
     for (float& value : memory[memory.size() - 2]) value = 0;
   }
-  std::vector<Slab> slabs;
+  std::vector<TensorUpdate> updates;
   for (size_t i = 0; i < std::size(sizes); ++i) {
-    Slab slab{};
-    slab.param = memory[4 * i].data();
-    slab.grad = memory[4 * i + 1].data();
-    slab.state[0] = memory[4 * i + 2].data();
-    slab.state[1] = memory[4 * i + 3].data();
-    slab.numel = sizes[i];
-    slab.dtype = slab.state_dtype = DType::kFloat32;
-    slabs.push_back(slab);
+    TensorUpdate item{};
+    item.param = memory[4 * i].data();
+    item.grad = memory[4 * i + 1].data();
+    item.state[0] = memory[4 * i + 2].data();
+    item.state[1] = memory[4 * i + 3].data();
+    item.numel = sizes[i];
+    item.dtype = item.state_dtype = DType::kFloat32;
+    updates.push_back(item);
   }
   const AdamOptions options{1e-3, 0.9, 0.999, 1e-8, 0.01, false, false, true};
   for (int step = 1; step < 4; ++step) {
-    const RuleValue rule = RuleValue::of(AdamPlain<float>::at_step(options, step));
-    cpu::update(slabs.data(), static_cast<int64_t>(slabs.size()), &rule, threads);
+    const PackedRule rule = PackedRule::of(AdamPlain<float>::at_step(options, step));
+    cpu::update(updates.data(), static_cast<int64_t>(updates.size()), &rule, threads);
   }
   std::vector<float> all;
   for (const auto& values : memory) all.insert(all.end(), values.begin(), values.end());

@@ -6,7 +6,7 @@
 
 namespace fastopt::cpu {
 
-// Applies rules[slab.rule] to each slab. Elements of different slabs may overlap only if threads.count is 1.
-void update(const Slab* slabs, int64_t n_slabs, const RuleValue* rules, const Threads& threads);
+// Applies rules[item.rule] to each item. Elements of different updates may overlap only if threads.count is 1.
+void update(const TensorUpdate* updates, int64_t n_updates, const PackedRule* rules, const Threads& threads);
 
 }  // namespace fastopt::cpu

@@ -47,8 +47,8 @@ FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64
 // fetches ahead within a page only.
 constexpr int64_t kBytesAhead = 4096;
 
-// Whether a step fetches. Conversions of 16 bits, roots and quotients hold up memory on Intel's processors; AMD's run
-// ahead of them by themselves, and there each line that is asked for costs time.
+// True if a step prefetches. Conversions of 16 bits, roots and quotients hold up memory on Intel's processors; AMD's
+// run ahead of them by themselves, and there each line that is asked for costs time.
 template <class Rule, class S>
 FASTOPT_HD bool is_fetched() {
   return FASTOPT_CPU_IS_INTEL && (sizeof(S) < sizeof(float) || Rule::kDivides);

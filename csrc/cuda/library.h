@@ -14,7 +14,7 @@ namespace fastopt::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// Counts up with every change of a structure in this file, so that a library of another state is not taken.
+// Bump on any change of a structure in this file; a library with another version is rejected.
 constexpr int32_t kInterfaceVersion = 1;
 
 // --- Optimizers ---------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ constexpr int kManyEntries = 490;
 struct Update {
   RuleId rule;
   DType param_dtype, state_dtype;
-  const RuleValue* rules;  // at most kMaxRules
+  const PackedRule* rules;  // at most kMaxRules
   int32_t n_rules;
   const UpdateEntry* entries;  // on the host, at most kManyEntries; or on the device, if is_on_device
   int32_t n_entries;
@@ -92,7 +92,7 @@ struct Library {
   bool is_host_shim;          // its kernels run on the CPU, on memory of the CPU
   const char* architectures;  // "80,86,90"
   const char* (*error_text)(int error);
-  int (*probe)();  // 0 if the driver serves this library; any other number is for error_text
+  int (*probe)();  // 0 if the driver can run this library; any other number is for error_text
   int (*is_capturing)(Stream stream, bool* is_capturing);
   int (*multiprocessors)(int* count);  // of the current device
   int (*update)(const Update& update, Stream stream);

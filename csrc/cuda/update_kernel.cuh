@@ -19,14 +19,14 @@ struct UpdateArguments {
   const float* found_inf;
   uint32_t* ticket;
   int32_t n_entries, n_chunks, chunk;
-  RuleValue rules[kMaxRules];
+  PackedRule rules[kMaxRules];
   UpdateEntry entries[kCapacity];
 };
 static_assert(sizeof(UpdateArguments<kManyEntries>) <= kMaxArgumentBytes, "the arguments of a kernel must fit");
 
 // The rule of an entry: finished by the host, or finished here from the numbers on the device, by one thread.
 template <class Rule>
-__device__ __forceinline__ Rule rule_of(const RuleValue& source, const UpdateEntry& entry) {
+__device__ __forceinline__ Rule rule_of(const PackedRule& source, const UpdateEntry& entry) {
   if (source.is_finished) {
     Rule rule;
     memcpy(&rule, source.bytes, sizeof(Rule));
@@ -214,7 +214,7 @@ int launch_update_kernel(const Update& update, cudaStream_t stream) {
   arguments.n_entries = update.n_entries;
   arguments.n_chunks = update.n_chunks;
   arguments.chunk = update.chunk;
-  memcpy(arguments.rules, update.rules, update.n_rules * sizeof(RuleValue));
+  memcpy(arguments.rules, update.rules, update.n_rules * sizeof(PackedRule));
   if (!update.is_on_device) memcpy(arguments.entries, update.entries, update.n_entries * sizeof(UpdateEntry));
   const int n_blocks = update.n_chunks > 0 ? update.n_chunks : 1;  // without elements steps are still counted
   FASTOPT_LAUNCH((update_kernel<Rule, P, S, kCapacity>), n_blocks, kUpdateThreads, 0, stream, arguments);

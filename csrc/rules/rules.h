@@ -63,7 +63,7 @@ constexpr int kMaxRuleBytes = 96;
 
 // A rule of one step, as bytes: float for all stored types but double. Finished; or, where the step's count or lr lies
 // on a GPU, the rule's Options, for the kernel to finish.
-struct RuleValue {
+struct PackedRule {
   RuleId id;
   int32_t n_states;
   alignas(16) char bytes[kMaxRuleBytes];
@@ -73,27 +73,26 @@ struct RuleValue {
   double step;     // this step's count, for tensors whose count does not lie on the GPU
 
   template <class Rule>
-  static RuleValue of(const Rule& rule) {
+  static PackedRule of(const Rule& rule) {
     // A flag among them, of one byte, would keep the loops from becoming vectors.
     static_assert(sizeof(Rule) == Rule::kConstants * sizeof(typename Rule::Real), "a rule is its constants");
     static_assert(sizeof(Rule) <= kMaxRuleBytes, "a rule's constants must fit");
     static_assert(Rule::kStates <= kMaxStates, "a rule's states must fit");
-    RuleValue value{rule_id(rule), Rule::kStates, {}, true, DType::kFloat32, nullptr, 0};
+    PackedRule value{rule_id(rule), Rule::kStates, {}, true, DType::kFloat32, nullptr, 0};
     memcpy(value.bytes, &rule, sizeof(Rule));
     return value;
   }
 
   template <class Rule>
-  static RuleValue unfinished(const typename Rule::Options& options, double step, const void* lr, DType lr_dtype) {
+  static PackedRule unfinished(const typename Rule::Options& options, double step, const void* lr, DType lr_dtype) {
     static_assert(sizeof(options) <= kMaxRuleBytes, "a rule's options must fit");
-    RuleValue value{rule_id(Rule{}), Rule::kStates, {}, false, lr_dtype, lr, step};
+    PackedRule value{rule_id(Rule{}), Rule::kStates, {}, false, lr_dtype, lr, step};
     memcpy(value.bytes, &options, sizeof(options));
     return value;
   }
 };
 
-// Whether a rule of float32 can say what its options say: no constant is infinite, or not a number, though all options
-// are finite.
+// False if a constant of a float32 rule is infinite or NaN though all options are finite: float32 cannot hold it.
 template <class Rule>
 bool is_in_range(const Rule& rule, const typename Rule::Options& options) {
   double numbers[Rule::Options::kNumbers];
@@ -107,13 +106,13 @@ bool is_in_range(const Rule& rule, const typename Rule::Options& options) {
 }
 
 // One tensor's update: dense memory, the same order of elements in parameter, gradient and states.
-struct Slab {
+struct TensorUpdate {
   void* param;
   const void* grad;
   void* state[kMaxStates];
   void* step;  // its count of steps, where the kernel counts it up, or null
   int64_t numel;
-  int32_t rule;       // index into the step's RuleValues
+  int32_t rule;       // index into the step's PackedRules
   DType dtype;        // of parameter and gradient
   DType state_dtype;  // of all states; on the CPU the parameter's
   bool is_step_double;

@@ -22,11 +22,11 @@ struct StepCount {
 
 // Nothing where a constant is too large for the type that the tensors are computed in: torch raises there.
 template <class Rule32, class Rule64, class Options>
-std::optional<RuleValue> make_rule(DType dtype, const Options& options, const StepCount& step) {
-  if (step.is_on_device) return RuleValue::unfinished<Rule32>(options, step.count, step.lr, step.lr_dtype);
-  if (dtype == DType::kFloat64) return RuleValue::of(Rule64::at_step(options, step.count));
+std::optional<PackedRule> make_rule(DType dtype, const Options& options, const StepCount& step) {
+  if (step.is_on_device) return PackedRule::unfinished<Rule32>(options, step.count, step.lr, step.lr_dtype);
+  if (dtype == DType::kFloat64) return PackedRule::of(Rule64::at_step(options, step.count));
   const Rule32 rule = Rule32::at_step(options, step.count);
-  return is_in_range(rule, options) ? std::optional(RuleValue::of(rule)) : std::nullopt;
+  return is_in_range(rule, options) ? std::optional(PackedRule::of(rule)) : std::nullopt;
 }
 
 struct SgdFamily {
@@ -44,7 +44,7 @@ struct SgdFamily {
            source.flag("maximize", o.maximize);
   }
   static bool uses_state(const Options& o, int /*state*/) { return o.momentum != 0; }
-  static std::optional<RuleValue> rule(DType dtype, const Options& o, const StepCount& step) {
+  static std::optional<PackedRule> rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.momentum == 0) return make_rule<Sgd<float>, Sgd<double>>(dtype, o, step);
     if (o.nesterov) return make_rule<SgdNesterov<float>, SgdNesterov<double>>(dtype, o, step);
     return make_rule<SgdHeavyBall<float>, SgdHeavyBall<double>>(dtype, o, step);
@@ -67,7 +67,7 @@ struct RmsPropFamily {
   static bool uses_state(const Options& o, int state) {
     return state == 0 || (state == 1 && o.momentum > 0) || (state == 2 && o.centered);
   }
-  static std::optional<RuleValue> rule(DType dtype, const Options& o, const StepCount& step) {
+  static std::optional<PackedRule> rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.momentum > 0 && o.centered) {
       return make_rule<RmsPropCenteredMomentum<float>, RmsPropCenteredMomentum<double>>(dtype, o, step);
     }
@@ -94,7 +94,7 @@ struct AdamFamily {
   // Otherwise a bias correction may be 0 or have no root.
   static bool is_decay_rate(double beta) { return 0 <= beta && beta < 1; }
   static bool uses_state(const Options& o, int state) { return state < 2 || o.amsgrad; }
-  static std::optional<RuleValue> rule(DType dtype, const Options& o, const StepCount& step) {
+  static std::optional<PackedRule> rule(DType dtype, const Options& o, const StepCount& step) {
     if (o.amsgrad) return make_rule<AdamAmsgrad<float>, AdamAmsgrad<double>>(dtype, o, step);
     return make_rule<AdamPlain<float>, AdamPlain<double>>(dtype, o, step);
   }

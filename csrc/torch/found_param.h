@@ -1,4 +1,4 @@
-// What a step reads of a parameter in Python's objects. Nothing changes; references are borrowed.
+// Reads a parameter, its gradient and its states from Python's objects. Changes nothing; references are borrowed.
 #pragma once
 
 #include <array>
@@ -28,21 +28,21 @@ struct StateKeys {
   }
 };
 
-// Whether it is a tensor that Python overrides nothing of. kOnAnyThread: on a thread without the interpreter lock,
+// True for a tensor of which Python overrides nothing. kOnAnyThread: on a thread without the interpreter lock,
 // while the one that has it waits; then of torch's own classes only.
 template <bool kOnAnyThread>
-bool is_tensor_as_it_is(PyObject* object) {
+bool is_plain_tensor(PyObject* object) {
   if (THPVariable_CheckExact(object)) return true;
   return !kOnAnyThread && THPVariable_Check(object) && is_ordinary_tensor(object);
 }
 
-// Finds what a parameter has; returns why kernels cannot take it, or null. `guess`: where its state may be in the walk.
-// `found`: a new one, for what a parameter does not have is not written.
+// Finds what a parameter has; returns why kernels cannot take it, or null. `last_seen`: where its state may be in the
+// state_items. `found`: a new one, for what a parameter does not have is not written.
 template <class Family, bool kOnAnyThread>
 [[gnu::always_inline]] inline const char* find_param(PyObject* object, const typename Family::Options& options,
-                                                     const StateKeys<Family>& keys, const StateWalk& walk,
-                                                     size_t& guess, FoundParam& found) {
-  if (!is_tensor_as_it_is<kOnAnyThread>(object)) {
+                                                     const StateKeys<Family>& keys, const StateItems& state_items,
+                                                     size_t& last_seen, FoundParam& found) {
+  if (!is_plain_tensor<kOnAnyThread>(object)) {
     const bool is_tensor = !kOnAnyThread && THPVariable_Check(object);
     return is_tensor ? "a parameter's class overrides what a step does" : "a parameter is not a tensor";
   }
@@ -50,18 +50,18 @@ template <class Family, bool kOnAnyThread>
   const at::Tensor& grad = param.unsafeGetTensorImpl()->grad();
   if (!grad.defined()) return nullptr;
   PyObject* const grad_object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
-  if (grad_object && !is_tensor_as_it_is<kOnAnyThread>(grad_object)) {
+  if (grad_object && !is_plain_tensor<kOnAnyThread>(grad_object)) {
     return "a gradient's class overrides what a step does";
   }
 
   found.tensors.param = &param;
   found.tensors.grad = &grad;
   if (!Family::kHasStep && n_states_of<Family>(options) == 0) return nullptr;
-  found.own_state = walk.find(object, guess);
+  found.own_state = state_items.find(object, last_seen);
   if (found.own_state && !is_ordinary_dict(found.own_state)) return "a parameter's state is not a dict";
   const auto find_tensor = [&](PyObject* key) -> const at::Tensor* {
     PyObject* const value = find_item(found.own_state, key);
-    return value && is_tensor_as_it_is<kOnAnyThread>(value) ? &THPVariable_Unpack(value) : nullptr;
+    return value && is_plain_tensor<kOnAnyThread>(value) ? &THPVariable_Unpack(value) : nullptr;
   };
   if constexpr (Family::kHasStep) {
     found.step = find_tensor(keys.step);

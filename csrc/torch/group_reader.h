@@ -103,7 +103,7 @@ class GroupReader {
     return no_error() && false;
   }
 
-  // Whether Python raised nothing; what it raised is dropped: the slow path raises it again.
+  // True if Python raised nothing; what it raised is dropped: the slow path raises it again.
   static bool no_error() {
     const bool is_fine = !PyErr_Occurred();
     PyErr_Clear();

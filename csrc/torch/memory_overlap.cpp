@@ -50,7 +50,8 @@ void MemoryOverlap::check_written() {
   for (size_t i = 1; i < sorted_.size(); ++i) has_overlap_ |= sorted_[i].begin < sorted_[i - 1].end;
 }
 
-// What is written does not overlap, so of all that begins before the end of what is read, the last ends last.
+// Written ranges do not overlap each other, so of those that begin before the end of a read range, the last one ends
+// last.
 bool MemoryOverlap::is_written(const Memory& read) const {
   if (read.begin == read.end) return false;
   const auto after = std::upper_bound(sorted_.begin(), sorted_.end(), read.end,

@@ -1,4 +1,4 @@
-// The memory of a step's tensors, and whether what is written overlaps with itself or with the gradients that are read.
+// The memory of a step's tensors, and a check that written ranges overlap neither each other nor the gradients read.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,7 +47,7 @@ class MemoryOverlap {
     c10::TensorImpl* tensor;
     bool is_count;  // a number in CPU memory, to which each step adds 1
 
-    // Whether it was another.
+    // True if they differ from the last step's.
     bool replace(const Memory& now, c10::TensorImpl* its_tensor, bool is_now_count = false) {
       tensor = its_tensor;
       [[maybe_unused]] const auto version = tensor->version_counter().current_version();  // fetched: it will be written
@@ -77,7 +77,8 @@ class MemoryOverlap {
     reads_.push_back({memory, tensor, tensor->unsafe_storage()});
   }
 
-  // Room for more, to be filled; then note_changes() must hear whether any of them was replaced by another.
+  // Room for more, to be filled; then note_changes() must be called with whether any of them differs from the last
+  // step's.
   Written* written_room(size_t n) {
     while (static_cast<size_t>(end_ - next_) < n) grow();
     next_ += n;
@@ -110,7 +111,7 @@ class MemoryOverlap {
   Written* end_ = nullptr;
   std::vector<Read> reads_;
 
-  // The last check of what is written, and what it found.
+  // The last check of the written ranges, and its result.
   bool is_checked_ = false;
   size_t n_checked_ = 0;
   bool has_overlap_ = false;

@@ -1,4 +1,4 @@
-// What a step reads of a Python optimizer itself: its groups, its states, what a GradScaler has left to it.
+// Reads a Python optimizer itself: its groups, its states, and the numbers that a GradScaler has left on it.
 #pragma once
 
 #include <optional>
@@ -13,8 +13,8 @@ class OptimizerReader {
   // `is_ordinary_class`: a Python function that says of a class whether it leaves to torch's class what a step calls.
   explicit OptimizerReader(py::object is_ordinary_class) : ask_class_(std::move(is_ordinary_class)) {}
 
-  // Whether the optimizer is stepped as torch's class is: its own class overrides nothing that a step calls, groups are
-  // a list and states a dict. Else why_not() tells.
+  // True if the optimizer is stepped as torch's class is: its own class overrides nothing that a step calls, groups are
+  // a list and states a dict. Else why_not() holds the reason.
   bool read(PyObject* optimizer, bool reads_scaling) {
     if (!is_ordinary_class(Py_TYPE(optimizer))) return refuse("the optimizer's class overrides _init_group");
     const auto attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(optimizer, nullptr));

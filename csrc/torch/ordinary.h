@@ -1,5 +1,5 @@
-// Whether Python overrides what a step does with its objects. Dispatch keys tell what C++ overrides; a Python subclass
-// or mode has none. The interpreter lock is held; no Python code runs but in prepare_ordinary().
+// Checks whether Python overrides anything that a step does with its objects. C++ overrides show in dispatch keys; a
+// Python subclass or mode has none. The interpreter lock is held; no Python code runs but in prepare_ordinary().
 #pragma once
 
 #include <torch/csrc/autograd/python_variable.h>

@@ -8,7 +8,7 @@
 namespace fastopt {
 
 // The items of optimizer.state in its order. Hashing a tensor calls back into Python; walking the dict does not.
-class StateWalk {
+class StateItems {
  public:
   void read(PyObject* state) {
     items_.clear();
@@ -17,11 +17,11 @@ class StateWalk {
     while (PyDict_Next(state, &position, &key, &value)) items_.push_back({key, value});
   }
 
-  // The state of a parameter, or null. `guess` is where it was last time.
-  PyObject* find(PyObject* param, size_t& guess) const {
-    if (guess < items_.size() && items_[guess].key == param) return items_[guess].value;
-    for (guess = 0; guess < items_.size(); ++guess) {
-      if (items_[guess].key == param) return items_[guess].value;
+  // The state of a parameter, or null. `last_seen`: its index in the last step.
+  PyObject* find(PyObject* param, size_t& last_seen) const {
+    if (last_seen < items_.size() && items_[last_seen].key == param) return items_[last_seen].value;
+    for (last_seen = 0; last_seen < items_.size(); ++last_seen) {
+      if (items_[last_seen].key == param) return items_[last_seen].value;
     }
     return nullptr;
   }
@@ -34,8 +34,8 @@ class StateWalk {
   std::vector<Item> items_;
 };
 
-// What a parameter's state has under an interned key, or null. States made by torch have interned keys, so pointers are
-// compared first.
+// The value of an interned key in a parameter's state, or null. States made by torch have interned keys, so pointers
+// are compared first.
 inline PyObject* find_item(PyObject* own_state, PyObject* wanted) {
   if (!own_state) return nullptr;
   Py_ssize_t position = 0;

@@ -14,7 +14,7 @@
 namespace fastopt {
 namespace {
 
-// What Python holds for an optimizer.
+// The native part of a Python optimizer.
 template <class Family>
 class StepPlan {
  public:
@@ -38,16 +38,16 @@ class StepPlan {
     return stepper_->step_without(std::move(left_alone), optimizer, reads_scaling);
   }
 
-  std::vector<py::object> odd_params(const py::object& optimizer, bool reads_scaling) {
+  std::vector<py::object> unsupported_params(const py::object& optimizer, bool reads_scaling) {
     if (is_underway()) return {};
     const Lock lock(*this);
-    return stepper_->odd_params(optimizer, reads_scaling);
+    return stepper_->unsupported_params(optimizer, reads_scaling);
   }
 
   const char* why_not() const { return why_not_; }
 
  private:
-  // Whether this thread is in a step of the plan.
+  // True if this thread is in a step of the plan.
   bool is_underway() {
     if (n_forks_ != fork_count()) start_in_child();
     return owner_ == std::this_thread::get_id();
@@ -96,7 +96,7 @@ void bind_plan(py::module_& module, const char* name) {
       .def(py::init<py::object>(), py::arg("is_ordinary_class"))
       .def("step", &StepPlan<Family>::step, py::arg("optimizer"), py::arg("reads_scaling") = true)
       .def("step_without", &StepPlan<Family>::step_without)
-      .def("odd_params", &StepPlan<Family>::odd_params)
+      .def("unsupported_params", &StepPlan<Family>::unsupported_params)
       .def("why_not", &StepPlan<Family>::why_not);
 }
 

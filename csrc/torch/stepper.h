@@ -7,10 +7,10 @@
 
 #include "torch/families.h"
 #include "torch/found_param.h"
-#include "torch/made_states.h"
-#include "torch/odd_params.h"
+#include "torch/new_states.h"
 #include "torch/optimizer_reader.h"
 #include "torch/step_groups.h"
+#include "torch/unsupported_params.h"
 
 namespace fastopt {
 
@@ -46,19 +46,19 @@ class Stepper {
 
   // The same for all parameters but some.
   bool step_without(std::vector<py::object> left_alone, const py::object& optimizer, bool reads_scaling) {
-    const auto mode = odd_.leave_alone(std::move(left_alone));
+    const auto mode = unsupported_.leave_alone(std::move(left_alone));
     return step(optimizer, reads_scaling);
   }
 
   // The parameters that no kernel takes, each for a reason of its own, if kernels on the CPU can step all others and
   // those share no memory with these; else none. Changes nothing.
-  std::vector<py::object> odd_params(const py::object& optimizer, bool reads_scaling) {
-    const auto mode = odd_.search();
+  std::vector<py::object> unsupported_params(const py::object& optimizer, bool reads_scaling) {
+    const auto mode = unsupported_.search();
     std::vector<py::object> found;
     try {
       const bool is_split = gather_all(optimizer.ptr(), reads_scaling) && !is_scaled_ && batch_.size() > 0 &&
-                            !batch_.has(Backend::kCuda) && odd_.are_apart(batch_, walk_);
-      if (is_split) found = odd_.params();
+                            !batch_.has(Backend::kCuda) && unsupported_.are_apart(batch_, state_items_);
+      if (is_split) found = unsupported_.params();
     } catch (...) {
       clear();
       throw;
@@ -77,9 +77,9 @@ class Stepper {
     double count = 0;  // of steps, this one included; 0 if the kernel counts
   };
 
-  // What the last step knew of a parameter.
-  struct Guess {
-    size_t state;  // where it was in the walk
+  // A parameter as the last step saw it.
+  struct LastSeen {
+    size_t state;  // where it was in the state_items
     bool has_gradient = true;
   };
 
@@ -99,8 +99,8 @@ class Stepper {
     batch_.clear();
     entries_.clear();
     groups_.clear();
-    made_states_.clear();
-    odd_.clear();
+    new_states_.clear();
+    unsupported_.clear();
     optimizer_.clear();
   }
 
@@ -118,8 +118,9 @@ class Stepper {
       if (const char* fault = groups_.read(optimizer_.groups())) return refuse(fault);
       if (!gather(optimizer_.state())) return false;
       is_skipped_ = must_know_ && optimizer_.found_inf() && optimizer_.found_inf()->item().toDouble() > 0;
-      if (is_skipped_ || !made_states_.lack_dicts()) break;
-      if (odd_.is_search() || !made_states_.add_dicts(optimizer_.state())) return refuse("a parameter has no state");
+      if (is_skipped_ || !new_states_.lack_dicts()) break;
+      if (unsupported_.is_search() || !new_states_.add_dicts(optimizer_.state()))
+        return refuse("a parameter has no state");
     }
     if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
@@ -139,34 +140,34 @@ class Stepper {
     } else {
       batch_.run(optimizer_.grad_scale(), found_inf);
     }
-    if constexpr (Family::kMakesStates) made_states_.keep(Family::kStates[0]);
+    if constexpr (Family::kMakesStates) new_states_.keep(Family::kStates[0]);
     return true;
   }
 
   bool gather(PyObject* state) {
-    walk_.read(state);
+    state_items_.read(state);
     if (may_gather_together() && gather_together()) return true;
-    const bool leaves_some = odd_.leaves_some();
+    const bool leaves_some = unsupported_.leaves_some();
     size_t n_params = 0;
     return groups_.for_each_param(why_not_, [&](size_t group, PyObject* param) __attribute__((always_inline)) {
-      Guess& guess = guess_of(n_params++);
-      if (leaves_some && odd_.is_left_alone(param)) return true;
-      return gather_param(group, param, guess) || odd_.take_refused(param);
+      LastSeen& last_seen = last_seen_of(n_params++);
+      if (leaves_some && unsupported_.is_left_alone(param)) return true;
+      return gather_param(group, param, last_seen) || unsupported_.take_refused(param);
     });
   }
 
-  Guess& guess_of(size_t i) {
-    if (guesses_.size() <= i) guesses_.push_back({i});
-    return guesses_[i];
+  LastSeen& last_seen_of(size_t i) {
+    if (last_seen_.size() <= i) last_seen_.push_back({i});
+    return last_seen_[i];
   }
 
-  [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, Guess& guess) {
+  [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, LastSeen& last_seen) {
     const Group& group = groups_[group_index];
     FoundParam found;
-    const char* fault = find_param<Family, false>(object, group.options, keys_, walk_, guess.state, found);
+    const char* fault = find_param<Family, false>(object, group.options, keys_, state_items_, last_seen.state, found);
     if (fault) return refuse(fault);
-    guess.has_gradient = found.tensors.grad != nullptr;
-    if (!guess.has_gradient) return true;
+    last_seen.has_gradient = found.tensors.grad != nullptr;
+    if (!last_seen.has_gradient) return true;
 
     const at::Tensor& param = *found.tensors.param;
     const bool is_cuda = backend_of(param) == Backend::kCuda;
@@ -190,13 +191,13 @@ class Stepper {
         found.tensors.step = &step;
       }
     } else {
-      const bool is_first = made_states_.make(object, found);
+      const bool is_first = new_states_.make(object, found);
       // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
       must_know_ |= is_first && is_scaled_;
       entry.count = is_first ? 1 : 2;
     }
     if (!batch_.add(found.tensors)) {
-      odd_.note_refused(object);
+      unsupported_.note_refused(object);
       return refuse(batch_.why_not());
     }
     if (step_on_device) batch_.count_on_device(batch_.size() - 1, *step_on_device);
@@ -204,14 +205,14 @@ class Stepper {
     return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
   }
 
-  // Whether this may be a step of many ordinary parameters in CPU memory; the first step is taken for one of few.
+  // True if this may be a step of many ordinary parameters in CPU memory; the first step is treated as one of few.
   bool may_gather_together() {
-    if (guesses_.size() < 2 * kMinParamsPerThread || torch_threads().count < 2) return false;
+    if (last_seen_.size() < 2 * kMinParamsPerThread || torch_threads().count < 2) return false;
     if (n_steps_apart_ > 0) {
       --n_steps_apart_;
       return false;
     }
-    if (is_scaled_ || odd_.is_search() || odd_.leaves_some() || cuda_service().takes_cpu) return false;
+    if (is_scaled_ || unsupported_.is_search() || unsupported_.leaves_some() || cuda_service().takes_cpu) return false;
     for (const Group& group : groups_.all()) {
       if (group.is_capturable || group.device_lr.defined()) return false;
     }
@@ -224,9 +225,9 @@ class Stepper {
     int64_t n_places = 0;
     const char* fault = nullptr;
     groups_.for_each_param(fault, [&](size_t group, PyObject* param) {
-      const Guess& guess = guess_of(listed_.size());
+      const LastSeen& last_seen = last_seen_of(listed_.size());
       listed_.push_back({param, group, n_places});
-      n_places += guess.has_gradient;
+      n_places += last_seen.has_gradient;
       return true;
     });
     cpu::Threads threads = torch_threads();
@@ -236,7 +237,7 @@ class Stepper {
     bool is_done = batch_.add_together(
         static_cast<int64_t>(listed_.size()), n_places, 1 + n_states_of<Family>(groups_[0].options) + Family::kHasStep,
         threads,
-        [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], guesses_[i], place); });
+        [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], last_seen_[i], place); });
     for (int64_t i = 0; is_done && i < n_places; ++i) is_done = give_rule(i);
     if (is_done) {
       ++kernel_calls().threaded_gather;
@@ -253,12 +254,12 @@ class Stepper {
 
   // On any thread: gives place() the tensors of a parameter that is an ordinary one, and returns whether it is.
   template <class Place>
-  [[gnu::always_inline]] bool take(const Listed& listed, Guess& guess, Place&& place) {
+  [[gnu::always_inline]] bool take(const Listed& listed, LastSeen& last_seen, Place&& place) {
     FoundParam found;
     const auto& options = groups_[listed.group].options;
-    if (find_param<Family, true>(listed.object, options, keys_, walk_, guess.state, found)) return false;
+    if (find_param<Family, true>(listed.object, options, keys_, state_items_, last_seen.state, found)) return false;
     const bool has_gradient = found.tensors.grad != nullptr;
-    if (has_gradient != guess.has_gradient) return false;
+    if (has_gradient != last_seen.has_gradient) return false;
     if (!has_gradient) return true;
     for (int s = 0; s < found.tensors.n_states; ++s) {
       if (!found.tensors.states[s]) return false;
@@ -282,15 +283,15 @@ class Stepper {
 
   OptimizerReader optimizer_;
   UpdateBatch batch_;
-  StateWalk walk_;
-  OddParams odd_;
+  StateItems state_items_;
+  UnsupportedParams unsupported_;
   std::vector<Entry> entries_;
   StepGroups<Family> groups_;
-  MadeStates made_states_;
+  NewStates new_states_;
   bool is_scaled_ = false;
-  bool must_know_ = false;      // before the launch, whether a scaler skips the step
-  bool is_skipped_ = false;     // it does
-  std::vector<Guess> guesses_;  // of each parameter
+  bool must_know_ = false;           // before the launch, whether a scaler skips the step
+  bool is_skipped_ = false;          // it does
+  std::vector<LastSeen> last_seen_;  // of each parameter
   std::vector<Listed> listed_;
   const StateKeys<Family> keys_;
   int n_steps_apart_ = 0;  // from now on

@@ -15,19 +15,19 @@ namespace {
 constexpr int64_t kParamsAhead = 4;
 
 // How a tensor compares with its parameter.
-enum class Likeness { kOtherShape, kOtherLayout, kSame };
+enum class LayoutMatch { kShapeDiffers, kLayoutDiffers, kSame };
 
-Likeness likeness(const at::Tensor& tensor, const at::Tensor& param) {
+LayoutMatch layout_match(const at::Tensor& tensor, const at::Tensor& param) {
   const at::IntArrayRef sizes = tensor.sizes(), strides = tensor.strides();
   const at::IntArrayRef param_sizes = param.sizes(), param_strides = param.strides();
-  if (sizes.size() != param_sizes.size()) return Likeness::kOtherShape;
+  if (sizes.size() != param_sizes.size()) return LayoutMatch::kShapeDiffers;
   bool has_same_strides = true;
   for (size_t d = 0; d < sizes.size(); ++d) {
-    if (sizes[d] != param_sizes[d]) return Likeness::kOtherShape;
+    if (sizes[d] != param_sizes[d]) return LayoutMatch::kShapeDiffers;
     has_same_strides &= strides[d] == param_strides[d];
   }
   const bool lies_alike = has_same_strides || (tensor.is_contiguous() && param.is_contiguous());
-  return lies_alike ? Likeness::kSame : Likeness::kOtherLayout;
+  return lies_alike ? LayoutMatch::kSame : LayoutMatch::kLayoutDiffers;
 }
 
 // To the float or double in memory.
@@ -83,8 +83,8 @@ void UpdateBatch::count_on_device(int64_t i, const at::Tensor& step) {
   const int64_t n_bytes = static_cast<int64_t>(step.itemsize());
   const Memory memory =
       memory_of(step, n_bytes, n_bytes, devices_[places_[i]].own_deleter, /*is_written=*/true, "a step");
-  slabs_[i].step = memory.begin;
-  slabs_[i].is_step_double = step.scalar_type() == at::kDouble;
+  updates_[i].step = memory.begin;
+  updates_[i].is_step_double = step.scalar_type() == at::kDouble;
   overlap_.add_written(memory, step.unsafeGetTensorImpl());
 }
 
@@ -102,8 +102,8 @@ const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
   const auto dtype = dtype_of(type);
   if (!dtype) return "a parameter's dtype has no kernel";
   if (grad.scalar_type() != type) return "a gradient's dtype is not its parameter's";
-  const Likeness grad_likeness = likeness(grad, param);
-  if (grad_likeness == Likeness::kOtherShape) return "a gradient's shape is not its parameter's";
+  const LayoutMatch grad_likeness = layout_match(grad, param);
+  if (grad_likeness == LayoutMatch::kShapeDiffers) return "a gradient's shape is not its parameter's";
   if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) return "a parameter is not dense";
   at::ScalarType state_type = type;
   for (int s = 0; s < tensors.n_states; ++s) {
@@ -113,16 +113,16 @@ const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
     }
     if (s == 0) state_type = state.scalar_type();
     if (state.scalar_type() != state_type) return "a state's dtype is not its parameter's";
-    const Likeness state_likeness = likeness(state, param);
-    if (state_likeness == Likeness::kOtherShape) return "a state's shape is not its parameter's";
-    if (state_likeness == Likeness::kOtherLayout) return "a state's layout is not its parameter's";
+    const LayoutMatch state_likeness = layout_match(state, param);
+    if (state_likeness == LayoutMatch::kShapeDiffers) return "a state's shape is not its parameter's";
+    if (state_likeness == LayoutMatch::kLayoutDiffers) return "a state's layout is not its parameter's";
   }
   const auto state_dtype = state_type == type ? dtype : dtype_of(state_type);
   if (state_dtype != dtype &&
       (backend == Backend::kCpu || !state_dtype || !cuda::has_update_kernel(*dtype, *state_dtype))) {
     return "a state's dtype is not its parameter's";
   }
-  kind = {backend, *dtype, *state_dtype, grad_likeness == Likeness::kSame};
+  kind = {backend, *dtype, *state_dtype, grad_likeness == LayoutMatch::kSame};
   return nullptr;
 }
 
@@ -137,13 +137,13 @@ void UpdateBatch::fetch_ahead(const MemoryOverlap::Written* written, int n_writt
 }
 
 // `grad` is laid out as the parameter. Returns whether what is written is another than in the last step.
-bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
+bool UpdateBatch::fill(TensorUpdate& item, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
                        MemoryOverlap::Written* written, MemoryOverlap::Read& read) const {
   const c10::DeleterFnPtr own_deleter = devices_[place_].own_deleter;
   fetch_ahead(written, tensors.n_written());
   const at::Tensor& param = *tensors.param;
   const int64_t numel = param.numel(), item_bytes = bytes_of(kind.dtype), state_item_bytes = bytes_of(kind.state_dtype);
-  // What raises an error comes first.
+  // Everything that can raise comes first.
   const Memory grad_memory =
       memory_of(grad, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
   const Memory param_memory =
@@ -158,13 +158,13 @@ bool UpdateBatch::fill(Slab& slab, const ParamTensors& tensors, const at::Tensor
     states[s] = memory_of(*tensors.states[s], numel * state_item_bytes, state_item_bytes, own_deleter,
                           /*is_written=*/true, "a state");
   }
-  replace(slab.numel, numel);
-  replace(slab.dtype, kind.dtype);
-  replace(slab.state_dtype, kind.state_dtype);
-  replace(slab.step, static_cast<void*>(nullptr));
-  replace(slab.grad, static_cast<const void*>(grad_memory.begin));
-  replace(slab.param, static_cast<void*>(param_memory.begin));
-  for (int s = 0; s < tensors.n_states; ++s) replace(slab.state[s], static_cast<void*>(states[s].begin));
+  replace(item.numel, numel);
+  replace(item.dtype, kind.dtype);
+  replace(item.state_dtype, kind.state_dtype);
+  replace(item.step, static_cast<void*>(nullptr));
+  replace(item.grad, static_cast<const void*>(grad_memory.begin));
+  replace(item.param, static_cast<void*>(param_memory.begin));
+  for (int s = 0; s < tensors.n_states; ++s) replace(item.state[s], static_cast<void*>(states[s].begin));
   read = {grad_memory, grad.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl()->unsafe_storage()};
   bool is_changed = written[0].replace(param_memory, param.unsafeGetTensorImpl());
   for (int s = 0; s < tensors.n_states; ++s) {
@@ -183,36 +183,36 @@ bool UpdateBatch::add(const ParamTensors& tensors) {
   if (devices_.empty() || devices_[place_].device != param.device() || devices_[place_].backend != kind.backend) {
     place_ = place_of(param.device(), kind.backend);
   }
-  const at::Tensor* grad_alike = &grad;
-  if (!kind.is_grad_alike) {
+  const at::Tensor* dense_grad = &grad;
+  if (!kind.has_grad_same_layout) {
     check_backed(grad, "a gradient");
     const auto [begin, end] = memory_range(grad);
     overlap_.add_read({begin, end, grad.storage().unsafeGetStorageImpl(), /*is_own=*/false},
                       grad.unsafeGetTensorImpl());
     copies_.push_back(at::empty_strided(param.sizes(), param.strides(), param.options().requires_grad(false)));
     copies_.back().copy_(grad.detach());
-    grad_alike = &copies_.back();
+    dense_grad = &copies_.back();
   }
-  if (slabs_.size() == places_.size()) slabs_.emplace_back();
-  Slab& slab = slabs_[places_.size()];
+  if (updates_.size() == places_.size()) updates_.emplace_back();
+  TensorUpdate& item = updates_[places_.size()];
   MemoryOverlap::Written* const written = overlap_.written_room(tensors.n_written());
-  overlap_.note_changes(fill(slab, tensors, *grad_alike, kind, written, *overlap_.read_room(1)));
+  overlap_.note_changes(fill(item, tensors, *dense_grad, kind, written, *overlap_.read_room(1)));
   places_.push_back(static_cast<int16_t>(place_));
-  numel_ += slab.numel;
+  numel_ += item.numel;
   return true;
 }
 
 UpdateBatch::Places UpdateBatch::make_places(int64_t n_params, int n_written) {
   place_ = place_of(c10::Device(c10::kCPU), Backend::kCpu);
   places_.assign(n_params, static_cast<int16_t>(place_));
-  if (slabs_.size() < places_.size()) slabs_.resize(places_.size());
+  if (updates_.size() < places_.size()) updates_.resize(places_.size());
   return {n_written, overlap_.written_room(n_params * n_written), overlap_.read_room(n_params)};
 }
 
 bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed) {
   Kind kind;
   if (tensors.n_written() != places.n_written || find_fault(tensors, kind) || kind.backend != Backend::kCpu ||
-      !kind.is_grad_alike) {
+      !kind.has_grad_same_layout) {
     return false;
   }
   // Two tensors whose one copy is due may not get it on two threads.
@@ -220,7 +220,7 @@ bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& 
   for (int s = 0; s < tensors.n_states; ++s) {
     if (is_lazy_clone(*tensors.states[s])) return false;
   }
-  is_changed |= fill(slabs_[i], tensors, *tensors.grad, kind, places.written + i * places.n_written, places.reads[i]);
+  is_changed |= fill(updates_[i], tensors, *tensors.grad, kind, places.written + i * places.n_written, places.reads[i]);
   return true;
 }
 
@@ -235,7 +235,7 @@ void UpdateBatch::hold() {
   for (const auto& [memory, tensor, held] : overlap_.reads()) hold_tensor(tensor);
 }
 
-int32_t UpdateBatch::add_rule(const RuleValue& rule) {
+int32_t UpdateBatch::add_rule(const PackedRule& rule) {
   rules_.push_back(rule);
   return static_cast<int32_t>(rules_.size()) - 1;
 }
@@ -244,11 +244,11 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
   bool is_all_cpu = true;
   for (const int16_t place : places_) is_all_cpu &= devices_[place].backend == Backend::kCpu;
   if (is_all_cpu) {
-    cpu::update(slabs_.data(), size(), rules_.data(), torch_threads());
+    cpu::update(updates_.data(), size(), rules_.data(), torch_threads());
   } else {
-    std::vector<Slab> on_cpu;
+    std::vector<TensorUpdate> on_cpu;
     for (int64_t i = 0; i < size(); ++i) {
-      if (!is_cuda(i)) on_cpu.push_back(slabs_[i]);
+      if (!is_cuda(i)) on_cpu.push_back(updates_[i]);
     }
     for (size_t place = 0; place < devices_.size(); ++place) {
       if (devices_[place].backend == Backend::kCuda) {
@@ -280,17 +280,17 @@ void UpdateBatch::note_written() {
 }
 
 void UpdateBatch::run_cuda(Place& place, int16_t index, const at::Tensor* grad_scale, const at::Tensor* found_inf) {
-  std::vector<const Slab*> slabs;
+  std::vector<const TensorUpdate*> updates;
   for (int64_t i = 0; i < size(); ++i) {
-    if (places_[i] == index) slabs.push_back(&slabs_[i]);
+    if (places_[i] == index) updates.push_back(&updates_[i]);
   }
-  if (slabs.empty()) return;
+  if (updates.empty()) return;
   // A scaler's numbers come from one device and serve all.
   const auto number_on = [&](const at::Tensor* number) {
     return number ? number->to(place.device, at::kFloat, /*non_blocking=*/true) : at::Tensor();
   };
   const at::Tensor scale = number_on(grad_scale), found = number_on(found_inf);
-  place.updater.run(slabs, rules_,
+  place.updater.run(updates, rules_,
                     {scale.defined() ? scale.const_data_ptr<float>() : nullptr,
                      found.defined() ? found.const_data_ptr<float>() : nullptr},
                     place.device);

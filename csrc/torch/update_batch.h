@@ -30,10 +30,10 @@ class UpdateBatch {
  public:
   void clear();
 
-  // Takes a parameter, its gradient and states if a kernel can update them; else returns false, and why_not() tells.
-  // The rule is given when all tensors are taken: set_rule(index of the tensor, rule). Keeps the gradient, which
-  // autograd may replace without the interpreter lock; the others live as long as they are where the caller found them.
-  // Raises RuntimeError if the memory of one has been freed.
+  // Takes a parameter, its gradient and states if a kernel can update them; else returns false; why_not() holds the
+  // reason. The rule is given when all tensors are taken: set_rule(index of the tensor, rule). Keeps the gradient,
+  // which autograd may replace without the interpreter lock; the others live as long as they are where the caller found
+  // them. Raises RuntimeError if the memory of one has been freed.
   bool add(const ParamTensors& tensors);
 
   // Takes parameters on several threads. `take(i, place)`, for each i in [0, n), on any of them: gives place(tensors,
@@ -50,14 +50,14 @@ class UpdateBatch {
       bool is_taken = true, is_part_changed = false;
       const auto place = [&](const ParamTensors& tensors, int64_t where) __attribute__((always_inline)) {
         if (!fill_at(where, tensors, places, is_part_changed)) return false;
-        part_numel += slabs_[where].numel;
+        part_numel += updates_[where].numel;
         return true;
       };
       try {
         const int64_t end = (part + 1) * n / threads.count;
         for (int64_t i = part * n / threads.count; is_taken && i < end; ++i) is_taken = take(i, place);
       } catch (...) {
-        is_taken = false;  // whoever takes one after the other will tell
+        is_taken = false;  // taking one after the other will raise it again
       }
       numel += part_numel;
       if (!is_taken) is_all = false;
@@ -69,27 +69,27 @@ class UpdateBatch {
     return is_all;
   }
   int64_t size() const { return static_cast<int64_t>(places_.size()); }
-  DType dtype(int64_t i) const { return slabs_[i].dtype; }
+  DType dtype(int64_t i) const { return updates_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
   bool has(Backend backend) const;
-  // Whether a CUDA graph is being captured on the current stream of a tensor's device.
+  // True if a CUDA graph is being captured on the current stream of a tensor's device.
   bool is_capturing() const;
   // Has the kernel count this tensor's steps; it must lie on the tensor's device.
   void count_on_device(int64_t i, const at::Tensor& step);
-  bool counts_on_device(int64_t i) const { return slabs_[i].step != nullptr; }
+  bool counts_on_device(int64_t i) const { return updates_[i].step != nullptr; }
 
-  // Whether tensors that would be written share memory with each other or with a gradient.
+  // True if tensors that would be written share memory with each other or with a gradient.
   bool has_overlap() { return overlap_.is_found(); }
 
-  // Whether a tensor is read or written between two addresses.
+  // True if a tensor is read or written between two addresses.
   bool uses(const char* begin, const char* end) const { return overlap_.touches(begin, end); }
 
   // Keeps all tensors and their memory alive until clear(): for a run without the interpreter lock, while which other
   // threads may replace or remove them.
   void hold();
 
-  int32_t add_rule(const RuleValue& rule);
-  void set_rule(int64_t i, int32_t rule) { replace(slabs_[i].rule, rule); }
+  int32_t add_rule(const PackedRule& rule);
+  void set_rule(int64_t i, int32_t rule) { replace(updates_[i].rule, rule); }
 
   // Runs the kernels, counts steps and bumps the version of each tensor written. With a GradScaler's numbers, which are
   // for tensors on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either
@@ -118,7 +118,7 @@ class UpdateBatch {
   struct Kind {
     Backend backend;
     DType dtype, state_dtype;
-    bool is_grad_alike;  // laid out as the parameter
+    bool has_grad_same_layout;  // laid out as the parameter
   };
 
   // Of parameters that are added together.
@@ -130,7 +130,7 @@ class UpdateBatch {
 
   static const char* find_fault(const ParamTensors& tensors, Kind& kind);
   void fetch_ahead(const MemoryOverlap::Written* written, int n_written) const;
-  bool fill(Slab& slab, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
+  bool fill(TensorUpdate& item, const ParamTensors& tensors, const at::Tensor& grad, const Kind& kind,
             MemoryOverlap::Written* written, MemoryOverlap::Read& read) const;
   Places make_places(int64_t n_params, int n_written);
   bool fill_at(int64_t i, const ParamTensors& tensors, const Places& places, bool& is_changed);
@@ -144,17 +144,17 @@ class UpdateBatch {
   }
 
   // The last step's, which this one's replace where they differ: what is not written stays in all threads' caches.
-  std::vector<Slab> slabs_;
-  std::vector<int16_t> places_;  // of this step's slabs_, indices into devices_
+  std::vector<TensorUpdate> updates_;
+  std::vector<int16_t> places_;  // of this step's updates_, indices into devices_
   std::vector<Place> devices_;   // all that were ever met
   size_t place_ = 0;             // of the last tensor taken
   // Of the memory of counts in CPU memory, wherever their parameters are.
   const c10::DeleterFnPtr cpu_deleter_ = c10::GetAllocator(c10::kCPU)->raw_deleter();
-  std::vector<RuleValue> rules_;
+  std::vector<PackedRule> rules_;
   std::vector<at::Tensor> copies_;  // gradients brought into their parameter's layout
   std::vector<c10::intrusive_ptr<c10::TensorImpl>> held_tensors_;
   std::vector<c10::Storage> held_storages_;
-  // Writes the parameters and states of slabs_, and counts of steps; reads the gradients.
+  // Writes the parameters and states of updates_, and counts of steps; reads the gradients.
   MemoryOverlap overlap_;
   int64_t numel_ = 0;
   int n_threads_ = 1;  // that took the tensors

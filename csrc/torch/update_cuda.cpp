@@ -13,67 +13,67 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 16;
 constexpr int64_t kMaxChunk = 16 * cuda::kChunkUnit;
 
-bool is_aligned(const Slab& slab) {
-  uintptr_t all = reinterpret_cast<uintptr_t>(slab.param) | reinterpret_cast<uintptr_t>(slab.grad);
-  for (const void* state : slab.state) all |= reinterpret_cast<uintptr_t>(state);
+bool is_aligned(const TensorUpdate& item) {
+  uintptr_t all = reinterpret_cast<uintptr_t>(item.param) | reinterpret_cast<uintptr_t>(item.grad);
+  for (const void* state : item.state) all |= reinterpret_cast<uintptr_t>(state);
   return all % 16 == 0;
 }
 
-cuda::UpdateEntry entry_of(const Slab& slab, int16_t rule) {
+cuda::UpdateEntry entry_of(const TensorUpdate& item, int16_t rule) {
   cuda::UpdateEntry entry{};
-  entry.param = slab.param;
-  entry.grad = const_cast<void*>(slab.grad);  // written only if the gradients are unscaled
-  for (int s = 0; s < kMaxStates; ++s) entry.state[s] = slab.state[s];
-  entry.step = slab.step;
-  entry.numel = slab.numel;
+  entry.param = item.param;
+  entry.grad = const_cast<void*>(item.grad);  // written only if the gradients are unscaled
+  for (int s = 0; s < kMaxStates; ++s) entry.state[s] = item.state[s];
+  entry.step = item.step;
+  entry.numel = item.numel;
   entry.rule = rule;
-  entry.is_aligned = is_aligned(slab);
-  entry.is_step_double = slab.is_step_double;
+  entry.is_aligned = is_aligned(item);
+  entry.is_step_double = item.is_step_double;
   return entry;
 }
 
-bool share_launch(const Slab& a, const Slab& b, const std::vector<RuleValue>& rules) {
+bool share_launch(const TensorUpdate& a, const TensorUpdate& b, const std::vector<PackedRule>& rules) {
   return a.dtype == b.dtype && a.state_dtype == b.state_dtype && rules[a.rule].id == rules[b.rule].id;
 }
 
 }  // namespace
 
-void CudaUpdater::run(const std::vector<const Slab*>& slabs, const std::vector<RuleValue>& rules,
+void CudaUpdater::run(const std::vector<const TensorUpdate*>& updates, const std::vector<PackedRule>& rules,
                       const Scaling& scaling, c10::Device where) {
   const CudaDevice device(where);
   n_uploaded_ = 0;
-  std::vector<bool> is_done(slabs.size());
+  std::vector<bool> is_done(updates.size());
   std::vector<cuda::UpdateEntry> entries;
-  std::vector<RuleValue> used;
+  std::vector<PackedRule> used;
   std::vector<int32_t> used_as(rules.size());
-  for (size_t first = 0; first < slabs.size(); ++first) {
+  for (size_t first = 0; first < updates.size(); ++first) {
     if (is_done[first]) continue;
     // All that one launch can take: the same kernel, and no more rules than its arguments hold.
     entries.clear();
     used.clear();
     used_as.assign(rules.size(), -1);
-    for (size_t i = first; i < slabs.size(); ++i) {
-      if (is_done[i] || !share_launch(*slabs[first], *slabs[i], rules)) continue;
-      int32_t& rule = used_as[slabs[i]->rule];
+    for (size_t i = first; i < updates.size(); ++i) {
+      if (is_done[i] || !share_launch(*updates[first], *updates[i], rules)) continue;
+      int32_t& rule = used_as[updates[i]->rule];
       if (rule < 0) {
         if (used.size() == cuda::kMaxRules) continue;
         rule = static_cast<int32_t>(used.size());
-        used.push_back(rules[slabs[i]->rule]);
+        used.push_back(rules[updates[i]->rule]);
       }
-      entries.push_back(entry_of(*slabs[i], static_cast<int16_t>(rule)));
+      entries.push_back(entry_of(*updates[i], static_cast<int16_t>(rule)));
       is_done[i] = true;
     }
     cuda::Update update{};
     update.rule = used[0].id;
-    update.param_dtype = slabs[first]->dtype;
-    update.state_dtype = slabs[first]->state_dtype;
+    update.param_dtype = updates[first]->dtype;
+    update.state_dtype = updates[first]->state_dtype;
     update.grad_scale = scaling.grad_scale;
     update.found_inf = scaling.found_inf;
     launch(entries, used, update, device, where);
   }
 }
 
-void CudaUpdater::launch(std::vector<cuda::UpdateEntry>& entries, const std::vector<RuleValue>& rules,
+void CudaUpdater::launch(std::vector<cuda::UpdateEntry>& entries, const std::vector<PackedRule>& rules,
                          cuda::Update update, const CudaDevice& device, c10::Device where) {
   int64_t numel = 0;
   bool counts_steps = false;

@@ -9,7 +9,7 @@
 
 namespace fastopt {
 
-// What a GradScaler leaves to the step of an optimizer, on the device; either may be null.
+// The numbers that a GradScaler leaves to an optimizer's step, on the device; either may be null.
 struct Scaling {
   const float* grad_scale = nullptr;
   const float* found_inf = nullptr;
@@ -18,9 +18,9 @@ struct Scaling {
 // Launches updates on one device. Keeps what outlives a step: the ticket, and tables too long for a launch's arguments.
 class CudaUpdater {
  public:
-  // `slabs` are those of this device, `rules` those of the whole step.
-  void run(const std::vector<const Slab*>& slabs, const std::vector<RuleValue>& rules, const Scaling& scaling,
-           c10::Device device);
+  // `updates` are those of this device, `rules` those of the whole step.
+  void run(const std::vector<const TensorUpdate*>& updates, const std::vector<PackedRule>& rules,
+           const Scaling& scaling, c10::Device device);
 
  private:
   struct Table {
@@ -28,7 +28,7 @@ class CudaUpdater {
     at::Tensor on_device;
   };
 
-  void launch(std::vector<cuda::UpdateEntry>& entries, const std::vector<RuleValue>& rules, cuda::Update update,
+  void launch(std::vector<cuda::UpdateEntry>& entries, const std::vector<PackedRule>& rules, cuda::Update update,
               const CudaDevice& device, c10::Device where);
   const cuda::UpdateEntry* upload(const std::vector<cuda::UpdateEntry>& entries, c10::Device device);
 

@@ -21,7 +21,7 @@ def lock_of(optimizer):
 
 
 @contextlib.contextmanager
-def state_as_it_was(optimizer):
+def restoring_state(optimizer):
     """A failure takes back what the block made or replaced in the optimizer's state; tensors keep their values."""
     before = [(p, state, dict(state) if isinstance(state, dict) else None) for p, state in optimizer.state.items()]
     try:
@@ -37,7 +37,7 @@ def state_as_it_was(optimizer):
 
 
 @contextlib.contextmanager
-def values_as_they_were(tensors):
+def restoring_values(tensors):
     """A failure takes back what the block wrote into the tensors; under ``torch.no_grad``."""
     is_inference = torch.is_inference_mode_enabled()
     before = [(t, _version(t, is_inference), t.detach().clone()) for t in tensors if not t.is_meta]

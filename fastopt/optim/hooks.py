@@ -22,7 +22,7 @@ _underway = _Underway()
 
 @contextlib.contextmanager
 def _set_underway(optimizer, is_underway):
-    """Whether a step of the optimizer is a part of another one of it, whose hooks have run."""
+    """Mark a step of the optimizer as a part of another one of it, whose hooks have run, or not."""
     ids = _underway.ids
     before = ids.copy()
     (ids.add if is_underway else ids.discard)(id(optimizer))

@@ -1,4 +1,4 @@
-"""What the fused optimizers share: one native call a step, and where a step goes that no kernel takes."""
+"""The base of the fused optimizers: one native call a step, and the paths of a step that no kernel takes."""
 
 import abc
 import copyreg
@@ -13,10 +13,9 @@ from torch.optim.optimizer import Optimizer
 
 from .. import _native
 from ..reference import KERNEL_DTYPES
-from .atomic import dense_tensors, lock_of, state_as_it_was, values_as_they_were
+from .atomic import dense_tensors, lock_of, restoring_state, restoring_values
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
 from .huge_pages import large_states_in_huge_pages
-from .odd import step_in_two
 from .ordinary import (
     check_backed,
     has_ordinary_containers,
@@ -28,6 +27,7 @@ from .ordinary import (
     is_ordinary_tensor,
 )
 from .shards import shards_of
+from .unsupported import step_in_two
 
 _FLAGS = {"amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov"}
 
@@ -43,7 +43,8 @@ class FusedOptimizer(Optimizer):
        without kernels for it, an ``_init_group`` or containers that a subclass has made its own, while
        ``torch.compile`` traces, under modes and functorch transforms, and in forward-mode differentiation.
 
-    On the CPU, parameters that no kernel takes leave the first path open to the others, see :mod:`fastopt.optim.odd`.
+    On the CPU, parameters that no kernel takes leave the first path open to the others, see
+    :mod:`fastopt.optim.unsupported`.
     DTensor parameters take these paths with their local shards, see :mod:`fastopt.optim.shards`.
     A step that fails changes nothing, on the first two paths and on torch's for dense tensors on the CPU. In the
     kernels, Ctrl-C waits for its end.
@@ -126,7 +127,7 @@ class FusedOptimizer(Optimizer):
         if devices is None or ("cuda" in devices and not _native.cuda()):
             self._torch_step()
         else:
-            with state_as_it_was(self):
+            with restoring_state(self):
                 self._update_ordinary_tensors("cuda" in devices)
 
     def _update_ordinary_tensors(self, on_cuda):
@@ -180,7 +181,7 @@ class FusedOptimizer(Optimizer):
         return {name: _option(name, group[name]) for name in self._option_names}
 
     def _overflowed(self):
-        """Whether a ``GradScaler`` wants the step skipped, of an optimizer made with ``fused=True``."""
+        """True if a ``GradScaler`` wants the step skipped, of an optimizer made with ``fused=True``."""
         found_inf = getattr(self, "found_inf", None)
         # A scaler sums found_inf over devices, so it may exceed 1.
         return found_inf is not None and found_inf.item() > 0
@@ -200,7 +201,7 @@ class FusedOptimizer(Optimizer):
         for group, _ in fused:
             group["fused"] = False
         try:
-            with values_as_they_were(dense_tensors(self)):  # it may fail when it has updated some
+            with restoring_values(dense_tensors(self)):  # it may fail when it has updated some
                 self._torch_step()
         finally:
             self.__dict__.update(scaling)
@@ -208,7 +209,7 @@ class FusedOptimizer(Optimizer):
                 group["fused"] = value
 
     def _all_tensors_match(self, options, lists):
-        """Whether a group is for the reference: tensors are like their parameters, steps count, numbers fit."""
+        """True if a group is for the reference: tensors match their parameters, steps are counts, numbers fit."""
         params, grads, *states = lists
         steps = states.pop() if self._counts_steps else []
         return (
@@ -222,7 +223,7 @@ class FusedOptimizer(Optimizer):
         )
 
     def _may_be(self, tensor, grad, options):
-        """Whether a tensor that is not like its parameter is still an ordinary one for torch's own step."""
+        """True if a tensor that does not match its parameter is still an ordinary one for torch's own step."""
         return False
 
     def _torch_step(self, closure=None):
@@ -261,7 +262,7 @@ def _is_for_reference(tensor):
 
 
 def _fits_float32(options):
-    """Whether no finite number is so large that float32, or a product of it with a bias correction, is not."""
+    """True if float32 can hold every finite number and its product with a bias correction."""
     numbers_ = [n for value in options.values() for n in (value if isinstance(value, tuple) else (value,))]
     return all(abs(number) < 1e30 or not math.isfinite(number) for number in numbers_)
 

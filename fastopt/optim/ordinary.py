@@ -1,6 +1,6 @@
-"""Whether an optimizer and its tensors are ordinary: nothing that Python can override changes what a step does.
+"""Checks that an optimizer and its tensors are ordinary: nothing that Python can override changes what a step does.
 
-What is not goes to torch's own step, which calls whatever was overridden. ``csrc/torch/ordinary.h`` asks the same
+Others go to torch's own step, which calls whatever was overridden. ``csrc/torch/ordinary.h`` asks the same
 before the kernels run.
 """
 
@@ -32,7 +32,7 @@ def is_free_of_modes():
 
 
 def is_ordinary_class(cls, init_group):
-    """Whether a class leaves it to ``init_group``, the function of torch's class, to collect a step's tensors.
+    """True if a class leaves it to ``init_group``, the function of torch's class, to collect a step's tensors.
 
     Then groups and states are what an optimizer's dict holds under these names.
     """
@@ -44,12 +44,12 @@ def is_ordinary_class(cls, init_group):
 
 
 def has_torchs_init_group(optimizer, init_group):
-    """Whether an optimizer's own tensors are collected by ``init_group``, as far as its class and itself tell."""
+    """True if neither the optimizer nor its class replaces ``init_group``, which collects its tensors."""
     return "_init_group" not in vars(optimizer) and is_ordinary_class(type(optimizer), init_group)
 
 
 def has_ordinary_containers(optimizer):
-    """Whether groups and states are in lists and dicts, which look up items in no way of their own."""
+    """True if groups and states are in lists and dicts, which look up items in no way of their own."""
     groups, states = optimizer.param_groups, optimizer.state
     return (
         type(groups) is list
@@ -60,7 +60,7 @@ def has_ordinary_containers(optimizer):
 
 
 def _enabled(function):
-    """What is in the wrapper that torch.compile puts around torch's functions when it is first used."""
+    """The function in the wrapper that torch.compile puts around torch's functions when it is first used."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     while dynamo is not None and getattr(getattr(function, "__code__", None), "co_filename", None) == dynamo.__file__:
         function = function._torchdynamo_orig_callable
@@ -89,7 +89,7 @@ def check_backed(tensor):
 
 
 def is_like(tensor, param):
-    """Whether a parameter's own tensor, gradient or state can be computed with, element by element."""
+    """True if a parameter's own tensor, gradient or state can be computed with, element by element."""
     if not (
         is_ordinary_tensor(tensor)
         and tensor.shape == param.shape

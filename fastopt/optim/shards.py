@@ -87,7 +87,7 @@ class Shards:
         return grad.redistribute(param.device_mesh, param.placements)
 
     def _fits(self, value, param):
-        """Whether a state's local tensor belongs to the parameter's: placed like it, or a number all processes have."""
+        """True if a state's local tensor belongs to the parameter's: placed like it, or a number all processes have."""
         if not self._is_ours(value):
             return not isinstance(value, torch.Tensor) or value.dim() == 0
         if value.dim() == 0 and all(placement.is_replicate() for placement in value.placements):

@@ -1,19 +1,19 @@
 """Optimizers some of whose parameters no kernel takes: sparse or complex, of a layout or dtype without a kernel.
 
-The kernels step the others; the odd ones are stepped as by an optimizer of the same class that has no others. Every
-rule works parameter by parameter, so their order is of no effect where they share no memory.
+The kernels step the others; an optimizer of the same class steps the unsupported ones. Every rule works parameter by
+parameter, so their order has no effect where they share no memory.
 """
 
 from collections import defaultdict
 
 
 def step_in_two(optimizer, plan, reads_scaling):
-    """A step of the odd parameters and, by kernels, of the others; False, and nothing done, if it cannot be so."""
-    params = plan.odd_params(optimizer, reads_scaling)
+    """Step the unsupported parameters, and the others by kernels; False, and nothing changed, if that is impossible."""
+    params = plan.unsupported_params(optimizer, reads_scaling)
     if not params:
         return False
     ids = set(map(id, params))
-    # First those that can fail: what the kernels will do has been checked.
+    # First those that can fail: the others have been checked.
     _step_part(optimizer, [[p for p in group["params"] if id(p) in ids] for group in optimizer.param_groups])
     if not plan.step_without(params, optimizer, reads_scaling):  # another thread has replaced something
         _step_part(optimizer, [[p for p in group["params"] if id(p) not in ids] for group in optimizer.param_groups])

@@ -12,21 +12,21 @@
 
 namespace fastopt {
 
-class OddParams {
+class UnsupportedParams {
  public:
-  // What a step does with them, as long as the Mode lives: it ends at the first one, unless it is to search for all or
-  // to leave some alone.
+  // How a step treats them while the Mode lives: it collects all of them, or leaves some alone. Without a Mode it ends
+  // at the first one.
   class Mode {
    public:
-    explicit Mode(OddParams& odd) : odd_(odd) {}
+    explicit Mode(UnsupportedParams& params) : params_(params) {}
     ~Mode() {
-      odd_.is_search_ = false;
-      odd_.left_alone_.clear();
+      params_.is_search_ = false;
+      params_.left_alone_.clear();
     }
     Mode(const Mode&) = delete;
 
    private:
-    OddParams& odd_;
+    UnsupportedParams& params_;
   };
   Mode search() {
     is_search_ = true;
@@ -57,15 +57,14 @@ class OddParams {
   }
   const std::vector<py::object>& params() const { return params_; }
 
-  // Whether none of a batch's tensors is in their memory, their gradients' or their states'; no, where that cannot be
-  // told.
-  bool are_apart(const UpdateBatch& batch, const StateWalk& walk) const {
+  // True if no tensor of a batch shares memory with them, their gradients or their states; false where that is unknown.
+  bool are_apart(const UpdateBatch& batch, const StateItems& state_items) const {
     return std::all_of(params_.begin(), params_.end(), [&](const py::object& param) {
       const at::Tensor& tensor = THPVariable_Unpack(param.ptr());
       if (tensor.layout() != at::kStrided || !is_apart(tensor, batch)) return false;
       if (!is_apart(tensor.unsafeGetTensorImpl()->grad(), batch)) return false;
-      size_t guess = 0;
-      PyObject* const own_state = walk.find(param.ptr(), guess);
+      size_t last_seen = 0;
+      PyObject* const own_state = state_items.find(param.ptr(), last_seen);
       if (own_state && !is_ordinary_dict(own_state)) return false;
       Py_ssize_t position = 0;
       PyObject *key, *value;

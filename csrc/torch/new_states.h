@@ -10,7 +10,7 @@
 namespace fastopt {
 
 // Of optimizers whose parameters have a single state.
-class MadeStates {
+class NewStates {
  public:
   // Makes the states that a parameter lacks; whether it lacked any. The tensors live until the next call.
   bool make(PyObject* param, FoundParam& found) {
@@ -29,7 +29,7 @@ class MadeStates {
     without_dict_.clear();
   }
 
-  // Whether a parameter that is to have a state has no dict for it.
+  // True if a parameter that is to have a state has no dict for it.
   bool lack_dicts() const { return !without_dict_.empty(); }
 
   // Gives each of them one in optimizer.state; false if the optimizer must do that. Runs Python code.
@@ -59,7 +59,7 @@ class MadeStates {
     py::object own_state;
   };
 
-  // Whether looking up a parameter that has no state makes an empty one: in a plain dict it is an error.
+  // True if looking up a parameter that has no state makes an empty one: in a plain dict it is an error.
   static bool makes_dicts(PyObject* state) {
     const auto factory = py::reinterpret_steal<py::object>(PyObject_GetAttrString(state, "default_factory"));
     PyErr_Clear();
