@@ -8,16 +8,12 @@ from . import nn as nn
 from ._native import build, empty_cache, info
 from .convert import convert_state_dict
 from .nn import CrossEntropyLoss, functional
-from .optim import SGD, Adam, AdamW, RMSprop
+from .optim import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SGD",
-    "Adam",
-    "AdamW",
     "CrossEntropyLoss",
-    "RMSprop",
     "build",
     "convert_state_dict",
     "empty_cache",
@@ -25,6 +21,7 @@ __all__ = [
     "info",
     "nn",
     "optim",
+    *optim.__all__,
 ]
 
 _ops.define()

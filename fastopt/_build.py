@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCE_FOLDERS = ("cpu", "torch")  # csrc/cpu knows no torch header, csrc/torch is the glue
 SOURCE_SUFFIXES = (".cpp", ".h")
 FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")  # what a build takes from the environment
 
@@ -152,7 +151,7 @@ def csrc():
 
 def sources(root):
     """Translation units of the extension: every .cpp of the folders, so a new kernel needs no entry here."""
-    return sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).glob("*.cpp"))
+    return sorted(root.rglob("*.cpp"))
 
 
 def digest(root, files, recipes):

@@ -168,7 +168,7 @@ def left_out(archs, gpus):
 def identity():
     """What a library must have been built from, to be loaded by the extension beside it."""
     root = _build.csrc()
-    extension_only = [root / folder for folder in _build.SOURCE_FOLDERS]
+    extension_only = [root / "cpu", root / "torch"]
     files = [
         path
         for path in root.rglob("*")

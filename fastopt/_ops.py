@@ -13,6 +13,8 @@ from . import _native, reference
 
 _REDUCTIONS = ("none", "mean", "sum")
 
+KERNEL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -113,26 +115,12 @@ def _cross_entropy_take(
     return _cross_entropy_backward(grad_output, grad, input)
 
 
-def _update(name):
-    """The reference of an optimizer's operator, which refuses what the kernels refuse."""
-    update = getattr(reference, name)
-
-    def call(params, *lists, **options):
-        if torch.is_grad_enabled() and any(param.requires_grad for param in params):
-            raise RuntimeError(
-                f"fastopt::{name}: a param that requires grad is updated in place; call it under torch.no_grad()"
-            )
-        update(params, *lists, **options)
-
-    return call
-
-
 _CROSS_ENTROPY = (
     "Tensor input, Tensor target, Tensor? weight=None, int reduction=1, SymInt ignore_index=-100, "
     "float label_smoothing=0.0"
 )
 
-OPERATORS = (
+OPERATORS = [  # and one of each optimizer, see optim/operator.py
     Operator(f"cross_entropy({_CROSS_ENTROPY}, bool in_float32=False) -> Tensor", _cross_entropy, None),
     Operator(
         f"cross_entropy_forward({_CROSS_ENTROPY}, bool wants_grad=False, bool in_float32=False) -> "
@@ -156,29 +144,7 @@ OPERATORS = (
         _cross_entropy_take,
         lambda grad_output, keeper, input, *args, **kwargs: torch.empty_like(input),
     ),
-    Operator(
-        "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, float lr, float momentum=0, "
-        "float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
-        "bool is_first_step=False) -> ()",
-        _update("sgd_"),
-        lambda *args, **kwargs: None,
-    ),
-    Operator(
-        "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] momentum_buffers, "
-        "Tensor(d!)[] grad_avgs, Tensor(e!)[] state_steps, *, float lr, float alpha=0.99, float eps=1e-08, "
-        "float weight_decay=0, float momentum=0, bool centered=False, bool maximize=False) -> ()",
-        _update("rmsprop_"),
-        lambda *args, **kwargs: None,
-    ),
-    Operator(
-        "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-        "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1=0.9, float beta2=0.999, "
-        "float eps=1e-08, float weight_decay=0, bool amsgrad=False, bool maximize=False, "
-        "bool decoupled_weight_decay=False) -> ()",
-        _update("adam_"),
-        lambda *args, **kwargs: None,
-    ),
-)
+]
 
 
 def define():

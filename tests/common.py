@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from fastopt import _native
+from fastopt import _native, _ops
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +20,11 @@ def kernel_calls(name):
     "cuda" (of both); 0 on the reference path."""
     module = _native.module()
     return module.kernel_calls()[name] if module is not None else 0
+
+
+def reference_of(op):
+    """The reference of an operator."""
+    return next(operator.reference for operator in _ops.OPERATORS if operator.name == op)
 
 
 def to_device(tensor):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, to_device
+from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, reference_of, to_device
 from loss_cases import KINDS, loss_and_grad, make_values, truth_of
 from optim_cases import OPTIM_CASES, make_params, set_grads
 
@@ -171,16 +171,16 @@ def test_states_may_have_another_dtype(name, dtype, state_dtype, n):
     steps = [tensor(3.0)]
     if name == "sgd_":
         torch.ops.fastopt.sgd_([param], [grad], states[:1], lr=0.5, momentum=0.5)
-        fastopt.reference.sgd_(expected[:1], expected[1:2], expected[2:3], lr=0.5, momentum=0.5)
+        reference_of("sgd_")(expected[:1], expected[1:2], expected[2:3], lr=0.5, momentum=0.5)
     elif name == "rmsprop_":
         lists, wide = [[s] for s in states], [[s] for s in expected[2:]]
         options = dict(lr=0.5, momentum=0.5, centered=False)
         torch.ops.fastopt.rmsprop_([param], [grad], *lists, steps, **options)
-        fastopt.reference.rmsprop_(expected[:1], expected[1:2], *wide, [tensor(3.0)], **options)
+        reference_of("rmsprop_")(expected[:1], expected[1:2], *wide, [tensor(3.0)], **options)
     else:
         torch.ops.fastopt.adam_([param], [grad], states[:1], states[1:2], [], steps, lr=0.5)
         wide = expected[2:3], expected[3:4]
-        fastopt.reference.adam_(expected[:1], expected[1:2], *wide, [], [tensor(3.0)], lr=0.5)
+        reference_of("adam_")(expected[:1], expected[1:2], *wide, [], [tensor(3.0)], lr=0.5)
     for value, truth in zip((param, *states), (expected[0], *expected[2:]), strict=True):
         assert error(value, truth) <= 2 * torch.finfo(value.dtype).eps * max(1.0, truth.abs().max().item())
 

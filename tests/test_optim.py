@@ -9,7 +9,7 @@ import torch
 
 import devices
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, threads, to_device
+from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, reference_of, threads, to_device
 from optim_cases import OPTIM_CASES, make_params, set_grads
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
@@ -117,13 +117,11 @@ def test_no_length_or_alignment_writes_outside_its_tensor(dtype, offset):
         expected = [t.double() for t in (param, *states)]
         if name == "sgd_":
             torch.ops.fastopt.sgd_([param], [grad], [states[0]], lr=0.5, momentum=0.5)
-            fastopt.reference.sgd_([expected[0]], [grad.double()], [expected[1]], lr=0.5, momentum=0.5)
+            reference_of("sgd_")([expected[0]], [grad.double()], [expected[1]], lr=0.5, momentum=0.5)
         else:
             steps = [torch.tensor(3.0), torch.tensor(3.0)]
             torch.ops.fastopt.adam_([param], [grad], [states[0]], [states[1]], [], [steps[0]], lr=0.5)
-            fastopt.reference.adam_(
-                [expected[0]], [grad.double()], [expected[1]], [expected[2]], [], [steps[1]], lr=0.5
-            )
+            reference_of("adam_")([expected[0]], [grad.double()], [expected[1]], [expected[2]], [], [steps[1]], lr=0.5)
         for buffer in buffers:
             assert (buffer[:offset] == 7).all()
             assert (buffer[offset + n :] == 7).all()

@@ -77,8 +77,8 @@ def stepped(cls, options, **how):
 def test_two_threads_gather_what_one_gathers(case, dtype):
     alone, together, n_threaded = results(lambda: stepped(case.ours, case.options, dtype=dtype))
     assert together == alone
-    # The first step makes the states; after one that does so itself the second is for one thread, too.
-    makes_states = case.options.get("momentum") and case.name == "SGD"
+    # The first step makes the states, and the one after it is for one thread, too.
+    makes_states = case.options.get("momentum") or case.name != "SGD"
     assert n_threaded == (3 if makes_states else 4)
 
 

@@ -5,15 +5,20 @@
 // One instruction set: what chooses among several runs before the sanitizer is ready.
 #include <atomic>
 #include <cstdio>
+#include <type_traits>  // is_same_v
 #include <vector>
 
 #include "cpu/cross_entropy.h"
 #include "cpu/update.h"
+#include "rules/rules.h"
 #include "run_on_threads.h"
 
 using namespace fastopt;
 
 namespace {
+
+constexpr int32_t kAdamId = rule_id(2, 0);
+static_assert(std::is_same_v<OptimizerAt<2>, AdamOptimizer>);
 
 constexpr cpu::Threads kOne{1, nullptr}, kMany{4, run_on_threads};
 
@@ -35,15 +40,16 @@ std::vector<float> updated(const cpu::Threads& threads) {
     TensorUpdate item{};
     item.param = memory[4 * i].data();
     item.grad = memory[4 * i + 1].data();
-    item.state[0] = memory[4 * i + 2].data();
-    item.state[1] = memory[4 * i + 3].data();
+    item.kept[0] = memory[4 * i + 2].data();
+    item.kept[1] = memory[4 * i + 3].data();
     item.numel = sizes[i];
     item.dtype = item.state_dtype = DType::kFloat32;
     updates.push_back(item);
   }
   const AdamOptions options{1e-3, 0.9, 0.999, 1e-8, 0.01, false, false, true};
+  StepScalar scalars{0};
   for (int step = 1; step < 4; ++step) {
-    const PackedRule rule = PackedRule::of(AdamPlain<float>::at_step(options, step));
+    const PackedRule rule = PackedRule::finished(kAdamId, Adam<float, false>::at_step(options, scalars));
     cpu::update(updates.data(), static_cast<int64_t>(updates.size()), &rule, threads);
   }
   std::vector<float> all;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/update_loop.h"
+#include "rules/rules.h"
 
 namespace fastopt::cpu {
 namespace {
@@ -22,24 +23,22 @@ constexpr int64_t kFetchedBytes = 4 * kLineBytes;
 // Divisions inside a tensor fall on whole cache lines of every stored type.
 constexpr int64_t kAlignment = 64;
 
-template <class S>
-Update<S> find_update(RuleId id) {
-  switch (id) {
-#define FASTOPT_CASE(Rule) \
-  case RuleId::k##Rule: return update_function<Rule<compute_t<S>>, S>();
-    FASTOPT_RULES(FASTOPT_CASE)
-#undef FASTOPT_CASE
-    default: return nullptr;
-  }
+// The loop of a rule for parameters of type P and states of type S.
+template <class P, class S>
+Update<P, S> find_update(int32_t rule_id) {
+  static const auto table =
+      table_of_rules<compute_t<P>>([]<class Rule>() -> Update<P, S> { return update_function<Rule, P, S>(); });
+  return table[rule_id];
 }
 
 void update_tensor(const TensorUpdate& item, const PackedRule* rules, int64_t begin, int64_t end) {
   const PackedRule& rule = rules[item.rule];
   with_stored_type(item.dtype, [&](auto stored) {
-    using S = decltype(stored);
-    Arrays<S> arrays{static_cast<S*>(item.param) + begin, static_cast<const S*>(item.grad) + begin, {}};
-    for (int s = 0; s < rule.n_states; ++s) arrays.state[s] = static_cast<S*>(item.state[s]) + begin;
-    find_update<S>(rule.id)(arrays, rule.bytes, end - begin);
+    using P = decltype(stored);
+    using S = P;  // item.state_dtype is another on GPUs only
+    Arrays<P, S> arrays{static_cast<P*>(item.param) + begin, static_cast<const P*>(item.grad) + begin, {}};
+    for (int s = 0; s < rule.n_states; ++s) arrays.state[s] = static_cast<S*>(item.kept[s]) + begin;
+    find_update<P, S>(rule.id)(arrays, rule.bytes, end - begin);
   });
 }
 
@@ -48,7 +47,7 @@ void fetch_start(const TensorUpdate& item, const PackedRule* rules) {
   const int64_t n_bytes = std::min<int64_t>(item.numel * bytes_of(item.dtype), kFetchedBytes);
   fetch(item.param, n_bytes);
   fetch(item.grad, n_bytes);
-  for (int s = 0; s < rules[item.rule].n_states; ++s) fetch(item.state[s], n_bytes);
+  for (int s = 0; s < rules[item.rule].n_states; ++s) fetch(item.kept[s], n_bytes);
 }
 
 }  // namespace

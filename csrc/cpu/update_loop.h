@@ -5,27 +5,27 @@
 
 #include "cpu/isa.h"
 #include "cpu/sixteen_bits.h"
-#include "rules/rules.h"
+#include "update/tensor_update.h"
 
 namespace fastopt::cpu {
 
-// Parameters, gradients and states of some elements.
-template <class S>
+// Parameters and gradients of type P, states of type S.
+template <class P, class S = P>
 struct Arrays {
-  S* param;
-  const S* grad;
+  P* param;
+  const P* grad;
   S* state[kMaxStates];
 };
 
-template <class S>
-using Update = void (*)(const Arrays<S>&, const void* rule, int64_t n);
+template <class P, class S = P>
+using Update = void (*)(const Arrays<P, S>&, const void* rule, int64_t n);
 
-template <class Rule, class S>
-FASTOPT_HD void update_elements(const Arrays<S>& arrays, const Rule& rule, int64_t n) {
+template <class Rule, class P, class S>
+FASTOPT_HD void update_elements(const Arrays<P, S>& arrays, const Rule& rule, int64_t n) {
   using T = typename Rule::Real;
   constexpr int kStates = Rule::kStates;
-  S* __restrict param = arrays.param;
-  const S* __restrict grad = arrays.grad;
+  P* __restrict param = arrays.param;
+  const P* __restrict grad = arrays.grad;
   S* __restrict state0 = arrays.state[0];
   S* __restrict state1 = arrays.state[1];
   S* __restrict state2 = arrays.state[2];
@@ -49,9 +49,9 @@ constexpr int64_t kBytesAhead = 4096;
 
 // True if a step prefetches. Conversions of 16 bits, roots and quotients hold up memory on Intel's processors; AMD's
 // run ahead of them by themselves, and there each line that is asked for costs time.
-template <class Rule, class S>
+template <class Rule, class P>
 FASTOPT_HD bool is_fetched() {
-  return FASTOPT_CPU_IS_INTEL && (sizeof(S) < sizeof(float) || Rule::kDivides);
+  return FASTOPT_CPU_IS_INTEL && (sizeof(P) < sizeof(float) || Rule::kDivides);
 }
 
 template <int64_t kBlock, class S>
@@ -61,10 +61,10 @@ FASTOPT_HD void fetch_block(const S* block) {
 
 // Calls f for each block of the arrays, which then begin with the n < kBlock elements that are left, and fetches if
 // it helps.
-template <class Rule, int64_t kBlock, class S, class F>
-FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
-  constexpr int64_t kAhead = kBytesAhead / sizeof(S);
-  const bool fetches = is_fetched<Rule, S>();
+template <class Rule, int64_t kBlock, class P, class S, class F>
+FASTOPT_HD void for_blocks(Arrays<P, S>& arrays, int64_t& n, F&& f) {
+  constexpr int64_t kAhead = kBytesAhead / sizeof(P);
+  const bool fetches = is_fetched<Rule, P>();
   for (; n >= kBlock; n -= kBlock) {
     if (fetches && n >= kAhead + kBlock) {
       fetch_block<kBlock>(arrays.param + kAhead);
@@ -81,31 +81,31 @@ FASTOPT_HD void for_blocks(Arrays<S>& arrays, int64_t& n, F&& f) {
 // Elements between which memory is fetched: more, and their loop would wait for it; fewer, and there would be none.
 constexpr int64_t kFetchedTogether = 128;
 
-template <class Rule, class S>
-FASTOPT_HD void update_all(Arrays<S> arrays, const void* rule_bytes, int64_t n) {
+template <class Rule, class P, class S>
+FASTOPT_HD void update_all(Arrays<P, S> arrays, const void* rule_bytes, int64_t n) {
   const Rule rule = *static_cast<const Rule*>(rule_bytes);
-  if (is_fetched<Rule, S>()) {
+  if (is_fetched<Rule, P>()) {
     for_blocks<Rule, kFetchedTogether>(
         arrays, n, [&]() __attribute__((always_inline)) { update_elements(arrays, rule, kFetchedTogether); });
   }
   update_elements(arrays, rule, n);
 }
 
-template <class Rule, class S>
-FASTOPT_CLONES void update_arrays(const Arrays<S>& arrays, const void* rule, int64_t n) {
+template <class Rule, class P, class S>
+FASTOPT_CLONES void update_arrays(const Arrays<P, S>& arrays, const void* rule, int64_t n) {
   update_all<Rule>(arrays, rule, n);
 }
 
 #if defined(FASTOPT_TARGET_V3)
 // Vectors of 256 bits for a processor that has 512 too.
-template <class Rule, class S>
-FASTOPT_TARGET_V3 __attribute__((flatten)) void update_narrow(const Arrays<S>& arrays, const void* rule, int64_t n) {
+template <class Rule, class P, class S>
+FASTOPT_TARGET_V3 __attribute__((flatten)) void update_narrow(const Arrays<P, S>& arrays, const void* rule, int64_t n) {
   update_all<Rule>(arrays, rule, n);
 }
 
 // Where a processor has no instructions for a 16-bit type; one that has them gets the loops below.
-template <class Rule, class S>
-void update_baseline(const Arrays<S>& arrays, const void* rule, int64_t n) {
+template <class Rule, class P, class S>
+void update_baseline(const Arrays<P, S>& arrays, const void* rule, int64_t n) {
   update_all<Rule>(arrays, rule, n);
 }
 
@@ -159,26 +159,29 @@ FASTOPT_TARGET_V4 __attribute__((flatten)) void update_v4(const Arrays<S>& array
 }
 #endif
 
-template <class Rule, class S>
-Update<S> update_function() {
+// The loop that this processor runs fastest. 16-bit types that parameters and states share have vector conversions.
+template <class Rule, class P, class S>
+Update<P, S> update_function() {
 #if defined(FASTOPT_TARGET_V4)
-  if constexpr (std::is_same_v<S, Half>) {
+  if constexpr (std::is_same_v<P, Half> && std::is_same_v<S, Half>) {
     if (FASTOPT_CPU_HAS_V4) return update_v4<Rule, HalfV4>;
   }
-  if constexpr (std::is_same_v<S, BFloat16>) {
+  if constexpr (std::is_same_v<P, BFloat16> && std::is_same_v<S, BFloat16>) {
     if (FASTOPT_CPU_HAS_V4) return update_v4<Rule, BFloat16V4>;
   }
 #endif
 #if defined(FASTOPT_TARGET_V3)
-  if constexpr (std::is_same_v<S, Half>) return FASTOPT_CPU_HAS_V3 ? update_v3<Rule, HalfV3> : update_baseline<Rule, S>;
+  if constexpr (std::is_same_v<P, Half> && std::is_same_v<S, Half>) {
+    return FASTOPT_CPU_HAS_V3 ? update_v3<Rule, HalfV3> : update_baseline<Rule, P, S>;
+  }
 #endif
 #if defined(FASTOPT_TARGET_V4)
   // A loop that only waits for memory: on AMD's Zen 4 vectors of 512 bits make it 3 to 15 % slower.
-  if constexpr (!Rule::kDivides && sizeof(S) >= sizeof(float)) {
-    if (FASTOPT_CPU_HAS_V4 && !FASTOPT_CPU_IS_INTEL) return update_narrow<Rule, S>;
+  if constexpr (!Rule::kDivides && sizeof(P) >= sizeof(float)) {
+    if (FASTOPT_CPU_HAS_V4 && !FASTOPT_CPU_IS_INTEL) return update_narrow<Rule, P, S>;
   }
 #endif
-  return update_arrays<Rule, S>;
+  return update_arrays<Rule, P, S>;
 }
 
 }  // namespace fastopt::cpu

@@ -8,28 +8,28 @@
 #include <cstdint>
 
 #include "losses/cross_entropy.h"
-#include "rules/rules.h"
+#include "update/tensor_update.h"
 
 namespace fastopt::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
 // Bump on any change of a structure in this file; a library with another version is rejected.
-constexpr int32_t kInterfaceVersion = 1;
+constexpr int32_t kInterfaceVersion = 2;
 
 // --- Optimizers ---------------------------------------------------------------------------------------------------
 
 // One tensor of an update. Its elements are divided into chunks; a block of threads takes one chunk.
 struct UpdateEntry {
   void* param;
-  void* grad;  // written only if there is a grad_scale
-  void* state[kMaxStates];
-  void* step;  // a float or double on the device, counted up by the kernel; or null
+  void* grad;            // written only if there is a grad_scale
+  void* kept[kMaxKept];  // the states, then the scalars if they are on the device, where the kernel advances them
   int64_t numel;
   int32_t first_chunk;
-  int16_t rule;
+  int8_t rule;
   bool is_aligned;  // every pointer to 16 bytes
-  bool is_step_double;
+  bool has_scalars_on_device;
+  uint8_t double_scalars;  // a bit for each scalar: it is a double, otherwise a float
 };
 
 // Entries and rules that travel as arguments of a kernel; they must fit 32764 bytes.
@@ -39,7 +39,7 @@ constexpr int kManyEntries = 490;
 
 // One launch: one rule, one combination of dtypes.
 struct Update {
-  RuleId rule;
+  int32_t rule;  // its id in rules.h
   DType param_dtype, state_dtype;
   const PackedRule* rules;  // at most kMaxRules
   int32_t n_rules;
@@ -50,7 +50,7 @@ struct Update {
   int32_t chunk;            // elements; a multiple of kChunkUnit
   const float* grad_scale;  // on the device, or null: gradients are divided by it, and written back
   const float* found_inf;   // on the device, or null: if it is above 0, nothing changes
-  uint32_t* ticket;         // on the device, 0 between launches; needed if an entry has a step
+  uint32_t* ticket;         // on the device, 0 between launches; needed if an entry has scalars on the device
 };
 
 constexpr int32_t kChunkUnit = 2048;

@@ -5,6 +5,7 @@
 
 #include "cuda/library.h"
 #include "cuda/pack.h"
+#include "rules/rules.h"
 
 namespace fastopt::cuda {
 
@@ -24,6 +25,36 @@ struct UpdateArguments {
 };
 static_assert(sizeof(UpdateArguments<kManyEntries>) <= kMaxArgumentBytes, "the arguments of a kernel must fit");
 
+// The options of a rule that the host could not finish, with lr from the device if it is there.
+template <class Rule>
+__device__ __forceinline__ typename Rule::Options options_of(const PackedRule& source) {
+  typename Rule::Options options;
+  memcpy(&options, source.bytes, sizeof(options));
+  if (source.lr) {
+    options.lr = source.lr_dtype == DType::kFloat64 ? *static_cast<const double*>(source.lr)
+                                                    : static_cast<double>(*static_cast<const float*>(source.lr));
+  }
+  return options;
+}
+
+// An entry's scalars before the step: its own on the device, or those that the host has read.
+template <class Rule>
+__device__ __forceinline__ typename Rule::Scalars scalars_of(const PackedRule& source, const UpdateEntry& entry) {
+  constexpr int kScalars = Rule::Scalars::kNumberCount;
+  typename Rule::Scalars scalars;
+  if constexpr (kScalars > 0) {
+    double numbers[kScalars];
+#pragma unroll
+    for (int i = 0; i < kScalars; ++i) {
+      numbers[i] = entry.has_scalars_on_device
+                       ? read_scalar(entry.kept[Rule::kStates + i], entry.double_scalars >> i & 1)
+                       : source.scalars_before[i];
+    }
+    memcpy(&scalars, numbers, sizeof(scalars));
+  }
+  return scalars;
+}
+
 // The rule of an entry: finished by the host, or finished here from the numbers on the device, by one thread.
 template <class Rule>
 __device__ __forceinline__ Rule rule_of(const PackedRule& source, const UpdateEntry& entry) {
@@ -34,18 +65,8 @@ __device__ __forceinline__ Rule rule_of(const PackedRule& source, const UpdateEn
   }
   __shared__ __align__(16) char finished[kMaxRuleBytes];
   if (threadIdx.x == 0) {
-    typename Rule::Options options;
-    memcpy(&options, source.bytes, sizeof(options));
-    if (source.lr) {
-      options.lr = source.lr_dtype == DType::kFloat64 ? *static_cast<const double*>(source.lr)
-                                                      : static_cast<double>(*static_cast<const float*>(source.lr));
-    }
-    double step = source.step;
-    if (entry.step) {
-      step = entry.is_step_double ? *static_cast<const double*>(entry.step) + 1
-                                  : static_cast<double>(*static_cast<const float*>(entry.step) + 1);
-    }
-    const Rule rule = Rule::at_step(options, step);
+    auto scalars = scalars_of<Rule>(source, entry);
+    const Rule rule = Rule::at_step(options_of<Rule>(source), scalars);
     memcpy(finished, &rule, sizeof(Rule));
   }
   __syncthreads();
@@ -149,8 +170,10 @@ __device__ __forceinline__ int find_entry(const UpdateEntry* entries, int n_entr
   return low;
 }
 
-// The last block to come here counts the steps up: by then every block has read them.
-__device__ __forceinline__ void count_steps(const UpdateEntry* entries, int n_entries, uint32_t* ticket) {
+// The last block to come here advances the scalars on the device: by then every block has read them.
+template <class Rule>
+__device__ __forceinline__ void advance_scalars(const UpdateEntry* entries, int n_entries, const PackedRule* rules,
+                                                uint32_t* ticket) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -159,13 +182,20 @@ __device__ __forceinline__ void count_steps(const UpdateEntry* entries, int n_en
   }
   __syncthreads();
   if (!is_last) return;
-  for (int i = threadIdx.x; i < n_entries; i += kUpdateThreads) {
-    const UpdateEntry& entry = entries[i];
-    if (!entry.step) continue;
-    if (entry.is_step_double) {
-      *static_cast<double*>(entry.step) += 1;
-    } else {
-      *static_cast<float*>(entry.step) += 1;
+  constexpr int kScalars = Rule::Scalars::kNumberCount;
+  if constexpr (kScalars > 0) {
+    for (int i = threadIdx.x; i < n_entries; i += kUpdateThreads) {
+      const UpdateEntry& entry = entries[i];
+      if (!entry.has_scalars_on_device) continue;
+      // Of the rule itself nothing is used here, and the compiler leaves it out.
+      auto scalars = scalars_of<Rule>(rules[entry.rule], entry);
+      Rule::at_step(options_of<Rule>(rules[entry.rule]), scalars);
+      double numbers[kScalars];
+      memcpy(numbers, &scalars, sizeof(scalars));
+#pragma unroll
+      for (int s = 0; s < kScalars; ++s) {
+        write_scalar(entry.kept[Rule::kStates + s], entry.double_scalars >> s & 1, numbers[s]);
+      }
     }
   }
 }
@@ -187,7 +217,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 2)
           rule, static_cast<P*>(entry.param), static_cast<P*>(entry.grad), {}, T(1)};
 #pragma unroll
       for (int s = 0; s < Rule::kStates; ++s) {
-        updater.state[s] = static_cast<S*>(entry.state[s]);
+        updater.state[s] = static_cast<S*>(entry.kept[s]);
         FASTOPT_ASSUME_GLOBAL(updater.state[s]);
       }
       FASTOPT_ASSUME_GLOBAL(updater.param);
@@ -201,7 +231,7 @@ __global__ void __launch_bounds__(kUpdateThreads, 2)
       run(BoolConstant<false>{});
     }
   }
-  if (arguments.ticket) count_steps(entries, arguments.n_entries, arguments.ticket);
+  if (arguments.ticket) advance_scalars<Rule>(entries, arguments.n_entries, arguments.rules, arguments.ticket);
 }
 
 template <class Rule, class P, class S, int kCapacity>
@@ -216,7 +246,7 @@ int launch_update_kernel(const Update& update, cudaStream_t stream) {
   arguments.chunk = update.chunk;
   memcpy(arguments.rules, update.rules, update.n_rules * sizeof(PackedRule));
   if (!update.is_on_device) memcpy(arguments.entries, update.entries, update.n_entries * sizeof(UpdateEntry));
-  const int n_blocks = update.n_chunks > 0 ? update.n_chunks : 1;  // without elements steps are still counted
+  const int n_blocks = update.n_chunks > 0 ? update.n_chunks : 1;  // without elements the scalars still advance
   FASTOPT_LAUNCH((update_kernel<Rule, P, S, kCapacity>), n_blocks, kUpdateThreads, 0, stream, arguments);
   return cudaGetLastError();
 }
@@ -232,13 +262,10 @@ int launch_rule(const Update& update, cudaStream_t stream) {
 // For parameters and gradients of type P and states of type S; each combination is compiled in a file of its own.
 template <class P, class S>
 int launch_update(const Update& update, cudaStream_t stream) {
-  switch (update.rule) {
-#define FASTOPT_CASE(Rule) \
-  case RuleId::k##Rule: return launch_rule<Rule<compute_t<P>>, P, S>(update, stream);
-    FASTOPT_RULES(FASTOPT_CASE)
-#undef FASTOPT_CASE
-    default: return cudaErrorInvalidValue;
-  }
+  static const auto table = table_of_rules<compute_t<P>>(
+      []<class Rule>() -> int (*)(const Update&, cudaStream_t) { return launch_rule<Rule, P, S>; });
+  const auto launch = update.rule >= 0 && update.rule < kRuleIds ? table[update.rule] : nullptr;
+  return launch ? launch(update, stream) : cudaErrorInvalidValue;
 }
 
 extern template int launch_update<double, double>(const Update&, cudaStream_t);

@@ -4,30 +4,30 @@
 
 #include <cmath>  // expm1, log, sqrt
 
-#include "common.h"
+#include "rules/description.h"
 
 namespace fastopt {
 
 struct AdamOptions {
-  static constexpr int kNumbers = 5;
-  double lr, beta1, beta2, eps, weight_decay;
-  bool amsgrad, maximize, decoupled_weight_decay;
+  FASTOPT_NUMBERS(lr, beta1, beta2, eps, weight_decay)
+  FASTOPT_FLAGS(amsgrad, maximize, decoupled_weight_decay)
 };
 
 // state: exp_avg, exp_avg_sq[, max_exp_avg_sq].
 template <class T, bool kAmsgrad>
 struct Adam {
-  using Real = T;
   using Options = AdamOptions;
+  using Scalars = StepScalar;
   static constexpr int kStates = 2 + kAmsgrad;
   static constexpr bool kDivides = true;
-  static constexpr int kConstants = 10;
-  T step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay, decoupled_decay, sign;
+  FASTOPT_CONSTANTS(T, step_size, correction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, l2_decay,
+                    decoupled_decay, sign)
 
   // The bias corrections c1 = 1 - beta1^t and c2 = 1 - beta2^t leave the loop over elements:
   // (lr / c1) m / (sqrt(v / c2) + eps), with sqrt(v / c2) as a product. Neither eps nor lr takes sqrt(c2), about 1/30
   // at first: a small eps would become 0, and a small moment times the smaller lr as well.
-  FASTOPT_HD static Adam at_step(const AdamOptions& o, double step) {
+  FASTOPT_HD static Adam at_step(const AdamOptions& o, StepScalar& scalars) {
+    const double step = ++scalars.step;
     // 1 - beta^t without cancellation; log 0 is -inf, and beta = 0 gives 1.
     const double bias_correction1 = -std::expm1(step * std::log(o.beta1));
     const double bias_correction2_sqrt = std::sqrt(-std::expm1(step * std::log(o.beta2)));
@@ -45,11 +45,7 @@ struct Adam {
 
   FASTOPT_HD void operator()(T& param, T grad, T* state) const {
     grad *= sign;
-    if (decoupled_decay != 0) {
-      // One rounding, where a factor 1 - decay would bring its own each step; an infinite parameter stays infinite.
-      const bool is_finite = param - param == 0;
-      param = is_finite ? param - decoupled_decay * param : param;
-    }
+    if (decoupled_decay != 0) param = decayed(param, decoupled_decay);
     if (l2_decay != 0) grad += l2_decay * param;
     T& exp_avg = state[0];
     T& exp_avg_sq = state[1];
@@ -63,6 +59,17 @@ struct Adam {
     }
     param -= step_size * exp_avg / (std::sqrt(variance) * correction + eps);
   }
+};
+
+struct AdamOptimizer {
+  static constexpr const char* kOperator = "adam_";
+  static constexpr const char* kStates = "exp_avg, exp_avg_sq, max_exp_avg_sq";
+  static bool uses_state(const AdamOptions& o, int state) { return state < 2 || o.amsgrad; }
+
+  static constexpr int kVariants = 2;
+  template <class T, int kVariant>
+  using Rule = Adam<T, kVariant == 1>;
+  static int variant(const AdamOptions& o) { return o.amsgrad; }
 };
 
 }  // namespace fastopt

@@ -2,27 +2,27 @@
 #pragma once
 
 #include <cmath>  // sqrt
-#include "common.h"
+
+#include "rules/description.h"
 
 namespace fastopt {
 
 struct RmsPropOptions {
-  static constexpr int kNumbers = 5;
-  double lr, alpha, eps, weight_decay, momentum;
-  bool centered, maximize;
+  FASTOPT_NUMBERS(lr, alpha, eps, weight_decay, momentum)
+  FASTOPT_FLAGS(centered, maximize)
 };
 
 // state: square_avg[, momentum_buffer][, grad_avg].
 template <class T, bool kMomentum, bool kCentered>
 struct RmsProp {
-  using Real = T;
   using Options = RmsPropOptions;
+  using Scalars = StepScalar;
   static constexpr int kStates = 1 + kMomentum + kCentered;
   static constexpr bool kDivides = true;
-  static constexpr int kConstants = 7;
-  T lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign;
+  FASTOPT_CONSTANTS(T, lr, alpha, one_minus_alpha, eps, weight_decay, momentum, sign)
 
-  FASTOPT_HD static RmsProp at_step(const RmsPropOptions& o, double /*step*/) {
+  FASTOPT_HD static RmsProp at_step(const RmsPropOptions& o, StepScalar& scalars) {
+    ++scalars.step;  // kept for checkpoints; the rule does not depend on it
     return {T(o.lr), T(o.alpha), T(1 - o.alpha), T(o.eps), T(o.weight_decay), T(o.momentum), T(o.maximize ? -1 : 1)};
   }
 
@@ -48,6 +48,19 @@ struct RmsProp {
       param -= lr * update;
     }
   }
+};
+
+struct RmsPropOptimizer {
+  static constexpr const char* kOperator = "rmsprop_";
+  static constexpr const char* kStates = "square_avg, momentum_buffer, grad_avg";
+  static bool uses_state(const RmsPropOptions& o, int state) {
+    return state == 0 || (state == 1 && o.momentum > 0) || (state == 2 && o.centered);
+  }
+
+  static constexpr int kVariants = 4;
+  template <class T, int kVariant>
+  using Rule = RmsProp<T, kVariant % 2 == 1, kVariant / 2 == 1>;
+  static int variant(const RmsPropOptions& o) { return (o.momentum > 0 ? 1 : 0) + (o.centered ? 2 : 0); }
 };
 
 }  // namespace fastopt

@@ -4,13 +4,12 @@
 
 #include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
-#include "cpu/pages.h"
 #include "torch/context.h"
 #include "torch/cross_entropy.h"
 #include "torch/cross_entropy_shard.h"
 #include "torch/cuda_library.h"
 #include "torch/large_arrays.h"
-#include "torch/step_plan.h"
+#include "torch/optim/step_plan.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_set", &fastopt::cpu::instruction_set);
@@ -24,10 +23,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   });
   module.def("stream_beyond", &fastopt::cpu::stream_beyond);
   module.def("empty_cache", &fastopt::release_kept_block);
-  module.def("zero_state", &fastopt::zero_state);
-  module.attr("huge_page") = fastopt::cpu::kHugePage;
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cross_entropy_shard(module);
   fastopt::bind_cuda_library(module);
-  fastopt::bind_step_plans(module);
+  fastopt::bind_step_plan(module);
 }

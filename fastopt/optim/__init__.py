@@ -10,4 +10,4 @@ from .sgd import SGD
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
 
-register([(cls, getattr(torch.optim, cls.__name__)) for cls in (SGD, Adam, AdamW, RMSprop)])
+register([(globals()[name], getattr(torch.optim, name)) for name in __all__ if hasattr(torch.optim, name)])

@@ -1,12 +1,33 @@
 """Adam and its AMSGrad variant."""
 
+import math
+
 import torch
 
-from .. import reference
-from .optimizer import FusedOptimizer, without_hooks
+from .operator import decayed, operator
+from .optimizer import FusedOptimizer
 
 
-class Adam(FusedOptimizer, torch.optim.Adam):
+@operator(
+    "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, *, float lr, float beta1=0.9, float beta2=0.999, "
+    "float eps=1e-08, float weight_decay=0, bool amsgrad=False, bool maximize=False, "
+    "bool decoupled_weight_decay=False) -> ()"
+)
+def adam_(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step, o):
+    step.add_(1)
+    t = step.item()
+    if o.decoupled_weight_decay and o.weight_decay != 0:
+        param.mul_(1 - o.lr * o.weight_decay)
+    grad = decayed(param, grad, 0.0 if o.decoupled_weight_decay else o.weight_decay, o.maximize)
+    exp_avg.lerp_(grad, 1 - o.beta1)
+    exp_avg_sq.mul_(o.beta2).addcmul_(grad, grad, value=1 - o.beta2)
+    variance = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq) if o.amsgrad else exp_avg_sq
+    denominator = variance.sqrt().div_(math.sqrt(1 - o.beta2**t)).add_(o.eps)
+    param.addcdiv_(exp_avg, denominator, value=-o.lr / (1 - o.beta1**t))
+
+
+class Adam(FusedOptimizer, torch.optim.Adam, operator=adam_):
     r"""Adam: :class:`torch.optim.Adam` in one native call a step.
 
         grad        = (-grad if maximize else grad) + weight_decay * param         (decay: unless decoupled)
@@ -39,21 +60,3 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     Source: Kingma & Ba, arXiv:1412.6980, 2015; AMSGrad: Reddi, Kale & Kumar, arXiv:1904.09237, 2018.
     """
-
-    _plan_name = "AdamPlan"
-    _torch_step_function = without_hooks(torch.optim.Adam.step)
-    _torch_init_group = torch.optim.Adam._init_group
-    _option_names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-
-    def _init_lists(self, group):
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = [], [], [], [], [], []
-        self._init_group(group, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
-        return params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps
-
-    def _all_tensors_match(self, options, lists):
-        # Otherwise a bias correction may be 0 or have no root.
-        return all(0 <= beta < 1 for beta in options["betas"]) and super()._all_tensors_match(options, lists)
-
-    def _reference_step(self, options, *tensors):
-        beta1, beta2 = options.pop("betas")
-        reference.adam_(*tensors, beta1=beta1, beta2=beta2, **options)

@@ -1,6 +1,5 @@
 """The base of the fused optimizers: one native call a step, and the paths of a step that no kernel takes."""
 
-import abc
 import copyreg
 import functools
 import math
@@ -12,24 +11,21 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer
 
 from .. import _native
-from ..reference import KERNEL_DTYPES
+from .._ops import KERNEL_DTYPES
 from .atomic import dense_tensors, lock_of, restoring_state, restoring_values
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
-from .huge_pages import large_states_in_huge_pages
 from .ordinary import (
     check_backed,
     has_ordinary_containers,
     has_torchs_init_group,
-    is_count,
     is_free_of_modes,
     is_like,
     is_ordinary_class,
     is_ordinary_tensor,
+    is_scalar_state,
 )
 from .shards import shards_of
 from .unsupported import step_in_two
-
-_FLAGS = {"amsgrad", "centered", "decoupled_weight_decay", "maximize", "nesterov"}
 
 
 class FusedOptimizer(Optimizer):
@@ -38,7 +34,7 @@ class FusedOptimizer(Optimizer):
     A step takes the first of these paths that is open to it; all have the same meaning:
 
     1. the kernels: dense tensors of float64, float32, bfloat16 or float16 on the CPU or a CUDA device;
-    2. ``reference.py``, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
+    2. the reference, in plain torch: such tensors on the CPU where there is no library, and layouts no kernel walks;
     3. torch's own ``step``: sparse and complex gradients, other devices, ``differentiable``, tensor subclasses, CUDA
        without kernels for it, an ``_init_group`` or containers that a subclass has made its own, while
        ``torch.compile`` traces, under modes and functorch transforms, and in forward-mode differentiation.
@@ -48,16 +44,22 @@ class FusedOptimizer(Optimizer):
     DTensor parameters take these paths with their local shards, see :mod:`fastopt.optim.shards`.
     A step that fails changes nothing, on the first two paths and on torch's for dense tensors on the CPU. In the
     kernels, Ctrl-C waits for its end.
-    A subclass names its plan (a class of the extension module) and its hyper-parameters, has the functions of torch's
-    class as they were when it was imported, and calls its reference.
+    A class names its operator, ``class Adam(FusedOptimizer, torch.optim.Adam, operator=adam_)``, whose schema holds the
+    rest. The functions of torch's class are those of that moment.
     """
 
-    _plan_name = None
+    _operator = None
     _torch_step_function = None
     _torch_init_group = None
-    _option_names = ()
-    _counts_steps = True
     _plan = None
+
+    def __init_subclass__(cls, operator=None, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if operator is not None:
+            torch_class = cls.__bases__[1]
+            cls._operator = operator
+            cls._torch_step_function = without_hooks(torch_class.step)
+            cls._torch_init_group = torch_class._init_group
 
     def step(self, closure=None):
         """Perform a single optimization step.
@@ -101,16 +103,15 @@ class FusedOptimizer(Optimizer):
             library = _native.module()
             if library is None:
                 return False
-            plan_class = getattr(library, self._plan_name)
-            copyreg.pickle(plan_class, _no_plan)
+            copyreg.pickle(library.StepPlan, _no_plan)
             init_group = type(self)._torch_init_group
-            plan = plan_class(functools.partial(is_ordinary_class, init_group=init_group))
+            plan = library.StepPlan(self._operator.name, functools.partial(is_ordinary_class, init_group=init_group))
             vars(self)["_plan"] = plan  # a subclass may have a __setattr__
         return plan.step(self)
 
     @torch.no_grad()
     def _update_otherwise(self):
-        """First steps, whose state must be made, and all that the kernels refuse."""
+        """Everything that the kernels refuse."""
         if not (is_free_of_modes() and has_torchs_init_group(self, type(self)._torch_init_group)):
             self._torch_step()
             return
@@ -135,8 +136,7 @@ class FusedOptimizer(Optimizer):
         options = [self._options(group) for group in self.param_groups] if not on_cuda else []
         if not on_cuda and self._overflowed():
             return
-        with large_states_in_huge_pages(self):
-            lists = [self._init_lists(group) for group in self.param_groups]
+        lists = [self._init_lists(group) for group in self.param_groups]
         if not on_cuda:
             self._unscale()
         if self._plan is not None and self._plan.step(self, reads_scaling=on_cuda):
@@ -178,7 +178,11 @@ class FusedOptimizer(Optimizer):
         Raises:
             TypeError: one is not a number.
         """
-        return {name: _option(name, group[name]) for name in self._option_names}
+        return {
+            option.name: bool(value) if option.is_flag else _number(option.group_key, value)
+            for option in self._operator.options
+            for value in [option.value_in(group)]
+        }
 
     def _overflowed(self):
         """True if a ``GradScaler`` wants the step skipped, of an optimizer made with ``fused=True``."""
@@ -210,10 +214,13 @@ class FusedOptimizer(Optimizer):
 
     def _all_tensors_match(self, options, lists):
         """True if a group is for the reference: tensors match their parameters, steps are counts, numbers fit."""
-        params, grads, *states = lists
-        steps = states.pop() if self._counts_steps else []
+        params, grads, *kept = lists
+        scalars, states = [], []
+        for tensors, is_scalar in zip(kept, self._operator.keeps_scalar, strict=True):
+            (scalars if is_scalar else states).append(tensors)
         return (
-            all(map(is_count, steps))
+            all(is_scalar_state(tensor) for tensors in scalars for tensor in tensors)
+            and all(0 <= options[option.name] < 1 for option in self._operator.options if option.is_decay_rate)
             and (_fits_float32(options) or all(param.dtype == torch.float64 for param in params))
             and all(
                 is_like(tensor, param) or self._may_be(tensor, grad, options)
@@ -230,13 +237,15 @@ class FusedOptimizer(Optimizer):
         """torch's own step, without the hooks that its class may have been wrapped with."""
         return self._torch_step_function(closure)
 
-    @abc.abstractmethod
     def _init_lists(self, group):
-        """A group's tensors in the order its reference takes them; makes missing state as torch does."""
+        """A group's tensors in the order of the operator's lists; makes missing state as torch does."""
+        lists = [[] for _ in range(self._operator.n_lists)]
+        self._init_group(group, *lists)
+        return lists
 
-    @abc.abstractmethod
-    def _reference_step(self, options, *tensors):
-        """Update lists of tensors by plain torch."""
+    def _reference_step(self, options, *lists):
+        """Update lists of tensors in plain torch."""
+        self._operator.reference(*lists, **options)
 
 
 # Not by decorators, behind which type checkers see no methods.
@@ -263,17 +272,7 @@ def _is_for_reference(tensor):
 
 def _fits_float32(options):
     """True if float32 can hold every finite number and its product with a bias correction."""
-    numbers_ = [n for value in options.values() for n in (value if isinstance(value, tuple) else (value,))]
-    return all(abs(number) < 1e30 or not math.isfinite(number) for number in numbers_)
-
-
-def _option(name, value):
-    if name in _FLAGS:
-        return bool(value)
-    if name == "betas":
-        beta1, beta2 = value
-        return _number(name, beta1), _number(name, beta2)
-    return _number(name, value)
+    return all(abs(number) < 1e30 or not math.isfinite(number) for number in options.values())
 
 
 def _number(name, value):

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from ..reference import KERNEL_DTYPES
+from .._ops import KERNEL_DTYPES
 
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 _DICT_TYPES = (dict, defaultdict, OrderedDict)
@@ -105,15 +105,16 @@ def is_like(tensor, param):
     return True
 
 
-def is_count(step):
+def is_scalar_state(tensor):
+    """True for a count of steps, or another number that a parameter's state keeps: none of them is negative."""
     return (
-        is_ordinary_tensor(step)
-        and step.is_cpu
-        and step.layout == torch.strided
-        and step.numel() == 1
-        and step.is_floating_point()
-        and step.item() >= 0
-        and _may_be_written(step)
+        is_ordinary_tensor(tensor)
+        and tensor.is_cpu
+        and tensor.layout == torch.strided
+        and tensor.numel() == 1
+        and tensor.is_floating_point()
+        and tensor.item() >= 0
+        and _may_be_written(tensor)
     )
 
 

@@ -2,11 +2,33 @@
 
 import torch
 
-from .. import reference
-from .optimizer import FusedOptimizer, without_hooks
+from .operator import decayed, operator
+from .optimizer import FusedOptimizer
 
 
-class RMSprop(FusedOptimizer, torch.optim.RMSprop):
+@operator(
+    "rmsprop_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] momentum_buffers, "
+    "Tensor(d!)[] grad_avgs, Tensor(e!)[] state_steps, *, float lr, float alpha=0.99, float eps=1e-08, "
+    "float weight_decay=0, float momentum=0, bool centered=False, bool maximize=False) -> ()"
+)
+def rmsprop_(param, grad, square_avg, buffer, grad_avg, step, o):
+    step.add_(1)
+    grad = decayed(param, grad, o.weight_decay, o.maximize)
+    square_avg.mul_(o.alpha).addcmul_(grad, grad, value=1 - o.alpha)
+    variance = square_avg
+    if o.centered:
+        grad_avg.lerp_(grad, 1 - o.alpha)
+        variance = square_avg.addcmul(grad_avg, grad_avg, value=-1)
+        variance = torch.where(variance < 0, 0.0, variance)  # not negative but for rounding; NaN stays
+    denominator = variance.sqrt().add_(o.eps)
+    if o.momentum > 0:
+        buffer.mul_(o.momentum).addcdiv_(grad, denominator)
+        param.add_(buffer, alpha=-o.lr)
+    else:
+        param.addcdiv_(grad, denominator, value=-o.lr)
+
+
+class RMSprop(FusedOptimizer, torch.optim.RMSprop, operator=rmsprop_):
     r"""RMSprop: :class:`torch.optim.RMSprop` in one native call a step.
 
         grad       = (-grad if maximize else grad) + weight_decay * param
@@ -39,16 +61,3 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     Source: Hinton, Neural networks for machine learning, lecture 6.5, 2012; centered: Graves, arXiv:1308.0850, 2013.
     """
-
-    _plan_name = "RmsPropPlan"
-    _torch_step_function = without_hooks(torch.optim.RMSprop.step)
-    _torch_init_group = torch.optim.RMSprop._init_group
-    _option_names = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "maximize")
-
-    def _init_lists(self, group):
-        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = [], [], [], [], [], []
-        self._init_group(group, params, grads, square_avgs, momentum_buffers, grad_avgs, steps)
-        return params, grads, square_avgs, momentum_buffers, grad_avgs, steps
-
-    def _reference_step(self, options, *tensors):
-        reference.rmsprop_(*tensors, **options)

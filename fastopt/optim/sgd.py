@@ -2,11 +2,28 @@
 
 import torch
 
-from .. import reference
-from .optimizer import FusedOptimizer, without_hooks
+from .operator import decayed, operator
+from .optimizer import FusedOptimizer
 
 
-class SGD(FusedOptimizer, torch.optim.SGD):
+@operator(
+    "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, float lr, float momentum=0, "
+    "float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
+    "bool is_first_step=False) -> ()"
+)
+def sgd_(param, grad, buffer, o):
+    """``is_first_step``: the momentum buffers are set to the gradients, undamped."""
+    grad = decayed(param, grad, o.weight_decay, o.maximize)
+    if o.momentum != 0:
+        if o.is_first_step:
+            buffer.copy_(grad)
+        else:
+            buffer.mul_(o.momentum).add_(grad, alpha=1 - o.dampening)
+        grad = grad.add(buffer, alpha=o.momentum) if o.nesterov else buffer
+    param.add_(grad, alpha=-o.lr)
+
+
+class SGD(FusedOptimizer, torch.optim.SGD, operator=sgd_):
     r"""Stochastic gradient descent, optionally with momentum: :class:`torch.optim.SGD` in one native call a step.
 
         grad   = (-grad if maximize else grad) + weight_decay * param
@@ -34,17 +51,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     Source: Sutskever, Martens, Dahl & Hinton, On the importance of initialization and momentum in deep learning, 2013.
     """
 
-    _plan_name = "SgdPlan"
-    _torch_step_function = without_hooks(torch.optim.SGD.step)
-    _torch_init_group = torch.optim.SGD._init_group
-    _option_names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-    _counts_steps = False
-
-    def _init_lists(self, group):
-        params, grads, momentum_buffers = [], [], []
-        self._init_group(group, params, grads, momentum_buffers)
-        return params, grads, momentum_buffers
-
     def _may_be(self, tensor, grad, options):
         # No buffer before the first step; sparse gradients, unless something dense is added to them.
         is_plain = options["weight_decay"] == 0 and not options["nesterov"]
@@ -56,6 +62,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             if options["momentum"] != 0:
                 is_first = momentum_buffers[i] is None
                 buffers = [torch.zeros_like(param) if is_first else momentum_buffers[i]]
-            reference.sgd_([param], [grads[i]], buffers, **options, is_first_step=is_first)
+            sgd_.reference([param], [grads[i]], buffers, **options, is_first_step=is_first)
             if is_first:
                 self.state[param]["momentum_buffer"] = buffers[0]

@@ -3,8 +3,8 @@
 
 #include <optional>
 
-#include "torch/group_reader.h"
-#include "torch/ordinary.h"
+#include "torch/optim/group_reader.h"
+#include "torch/optim/ordinary.h"
 
 namespace fastopt {
 

@@ -5,7 +5,7 @@
 
 namespace fastopt {
 
-// Adds the classes SgdPlan, RmsPropPlan and AdamPlan to the module.
-void bind_step_plans(pybind11::module_& module);
+// Adds the class StepPlan to the module.
+void bind_step_plan(pybind11::module_& module);
 
 }  // namespace fastopt

@@ -29,11 +29,11 @@ class GroupReader {
  public:
   explicit GroupReader(PyObject* group) : group_(group) {}
 
-  bool number(const char* name, double& to) { return as_number(find(name), to); }
+  bool number(PyObject* key, double& to) { return as_number(find(key), to); }
 
   // The learning rate; one on a GPU is not read, but left for the kernel in lr_on_device().
   bool lr(double& to) {
-    PyObject* value = find("lr");
+    PyObject* value = find(interned("lr"));
     if (value && THPVariable_CheckExact(value)) {
       const at::Tensor& tensor = THPVariable_Unpack(value);
       if (backend_of(tensor) == Backend::kCuda) {
@@ -48,19 +48,20 @@ class GroupReader {
   }
   const at::Tensor& lr_on_device() const { return lr_on_device_; }  // undefined if lr is not on a GPU
 
-  bool pair(const char* name, double& first, double& second) {
-    PyObject* value = find(name);
+  // A number of a pair.
+  bool number_of_pair(PyObject* key, int place, double& to) {
+    PyObject* value = find(key);
     if (value && PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2) {
-      return as_number(PyTuple_GET_ITEM(value, 0), first) && as_number(PyTuple_GET_ITEM(value, 1), second);
+      return as_number(PyTuple_GET_ITEM(value, place), to);
     }
     if (value && PyList_CheckExact(value) && PyList_GET_SIZE(value) == 2) {
-      return as_number(PyList_GET_ITEM(value, 0), first) && as_number(PyList_GET_ITEM(value, 1), second);
+      return as_number(PyList_GET_ITEM(value, place), to);
     }
     return false;
   }
 
-  bool flag(const char* name, bool& to) {
-    PyObject* value = find(name);
+  bool flag(PyObject* key, bool& to) {
+    PyObject* value = find(key);
     const int is_true = value ? PyObject_IsTrue(value) : -1;
     if (is_true < 0) PyErr_Clear();
     to = is_true > 0;
@@ -70,11 +71,11 @@ class GroupReader {
   // Not every optimizer has these flags; an absent one is false.
   bool flag_or_false(const char* name) {
     bool value = false;
-    flag(name, value);
+    flag(interned(name), value);
     return value;
   }
 
-  PyObject* find(const char* name) { return PyDict_GetItem(group_, interned(name)); }
+  PyObject* find(PyObject* key) { return PyDict_GetItem(group_, key); }
 
  private:
   // Numbers as torch takes them: float, int, another real number, or a tensor of one element in CPU memory.

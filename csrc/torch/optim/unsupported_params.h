@@ -7,8 +7,8 @@
 #include <utility>    // move
 #include <vector>
 
-#include "torch/state_reader.h"
-#include "torch/update_batch.h"
+#include "torch/optim/state_reader.h"
+#include "torch/optim/update_batch.h"
 
 namespace fastopt {
 

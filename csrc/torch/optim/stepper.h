@@ -5,12 +5,10 @@
 #include <utility>    // move
 #include <vector>
 
-#include "torch/families.h"
-#include "torch/found_param.h"
-#include "torch/new_states.h"
-#include "torch/optimizer_reader.h"
-#include "torch/step_groups.h"
-#include "torch/unsupported_params.h"
+#include "torch/optim/new_states.h"
+#include "torch/optim/optimizer_reader.h"
+#include "torch/optim/step_groups.h"
+#include "torch/optim/unsupported_params.h"
 
 namespace fastopt {
 
@@ -23,12 +21,10 @@ constexpr int64_t kMinParamsPerThread = 64;
 constexpr int kMaxStepsApart = 16;
 
 // One thread at a time steps.
-template <class Family>
 class Stepper {
  public:
-  using Options = typename Family::Options;
-
-  explicit Stepper(py::object is_ordinary_class) : optimizer_(std::move(is_ordinary_class)) {}
+  Stepper(const Optimizer& optimizer, py::object is_ordinary_class)
+      : optimizer_(std::move(is_ordinary_class)), groups_(optimizer), new_states_(optimizer) {}
 
   // Updates every parameter that has a gradient, or changes nothing and returns false: then the reason is in why_not().
   // reads_scaling: what a GradScaler has left to the optimizer counts.
@@ -70,11 +66,9 @@ class Stepper {
   const char* why_not() const { return why_not_; }
 
  private:
-  using Group = typename StepGroups<Family>::Group;
-
   struct Entry {
     size_t group = 0;
-    double count = 0;  // of steps, this one included; 0 if the kernel counts
+    StepInput input;
   };
 
   // A parameter as the last step saw it.
@@ -124,7 +118,7 @@ class Stepper {
     }
     if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
     if (batch_.has_overlap()) return refuse("tensors share memory");
-    if (Family::kHasStep && !groups_.is_capturable() && batch_.is_capturing()) {
+    if (groups_.have_scalars() && !groups_.is_capturable() && batch_.is_capturing()) {
       return refuse("a CUDA graph is captured, and capturable is not set");
     }
     return true;
@@ -140,7 +134,7 @@ class Stepper {
     } else {
       batch_.run(optimizer_.grad_scale(), found_inf);
     }
-    if constexpr (Family::kMakesStates) new_states_.keep(Family::kStates[0]);
+    new_states_.keep();
     return true;
   }
 
@@ -162,9 +156,9 @@ class Stepper {
   }
 
   [[gnu::always_inline]] bool gather_param(size_t group_index, PyObject* object, LastSeen& last_seen) {
-    const Group& group = groups_[group_index];
+    const StepGroup& group = groups_[group_index];
     FoundParam found;
-    const char* fault = find_param<Family, false>(object, group.options, keys_, state_items_, last_seen.state, found);
+    const char* fault = find_param<false>(object, group, state_items_, last_seen.state, found);
     if (fault) return refuse(fault);
     last_seen.has_gradient = found.tensors.grad != nullptr;
     if (!last_seen.has_gradient) return true;
@@ -176,33 +170,53 @@ class Stepper {
       return refuse("lr is on another device");
     }
     Entry entry{group_index};
-    const at::Tensor* step_on_device = nullptr;
-    if constexpr (Family::kHasStep) {
-      const at::Tensor& step = *found.step;
-      // A default device places steps too, whatever the options.
-      const bool is_on_device = group.wants_device_steps || !is_plain_cpu(step);
-      if (is_cuda && is_on_device && backend_of(step) == Backend::kCuda) {
-        if ((fault = fault_of_step(step))) return refuse(fault);
-        if (step.device() != param.device()) return refuse("a step is on another device");
-        step_on_device = &step;
+    if (found.lacks_some) {
+      if (group.n_scalars > 0 && !are_new_states_ordinary()) return refuse("state is not there yet");
+      entry.input.is_first = group.has_first_step_flag;
+      // A first step that is skipped makes no momentum buffer: whether this one is cannot be left to the kernel.
+      must_know_ |= entry.input.is_first && is_scaled_;
+      if (found.own_state) {
+        new_states_.make(group, found);
       } else {
-        if (group.is_capturable || is_scaled_) return refuse("a step is not on its parameter's device");
-        if ((fault = read_step(step, entry.count))) return refuse(fault);
-        found.tensors.step = &step;
+        // For now the parameter and its gradient are checked only: it gets a dict, and all is gathered again.
+        new_states_.note_without_dict(object);
+        found.tensors.n_states = found.tensors.n_scalars = 0;
       }
-    } else {
-      const bool is_first = new_states_.make(object, found);
-      // A first step that is skipped makes no state: whether this one is cannot be left to the kernel.
-      must_know_ |= is_first && is_scaled_;
-      entry.count = is_first ? 1 : 2;
+    }
+    if (found.tensors.n_scalars > 0) {
+      fault = read_scalars(group, is_cuda, found.tensors, entry.input);
+      if (fault) return refuse(fault);
     }
     if (!batch_.add(found.tensors)) {
       unsupported_.note_refused(object);
       return refuse(batch_.why_not());
     }
-    if (step_on_device) batch_.count_on_device(batch_.size() - 1, *step_on_device);
     entries_.push_back(entry);
-    return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
+    return new_states_.lack_dicts() || give_rule(batch_.size() - 1) ||
+           refuse("a hyper-parameter is beyond the range of float32");
+  }
+
+  // Reads the scalars of a parameter's state, or leaves them to the kernel if they are on its device. Returns why they
+  // are not as they should be, or null.
+  const char* read_scalars(const StepGroup& group, bool is_cuda, ParamTensors& tensors, StepInput& input) const {
+    const at::Tensor& param = *tensors.param;
+    for (int k = 0; k < tensors.n_scalars; ++k) {
+      const at::Tensor& scalar = *tensors.kept[tensors.n_states + k];
+      // A default device places steps too, whatever the options.
+      const bool is_on_device =
+          is_cuda && (group.wants_device_scalars() || !is_plain_cpu(scalar)) && backend_of(scalar) == Backend::kCuda;
+      if (k > 0 && is_on_device != input.has_scalars_on_device) return "a step is not where another scalar is";
+      input.has_scalars_on_device = is_on_device;
+      if (is_on_device) {
+        if (const char* fault = fault_of_scalar(scalar)) return fault;
+        if (scalar.device() != param.device()) return "a step is on another device";
+      } else {
+        if (group.is_capturable || is_scaled_) return "a step is not on its parameter's device";
+        if (const char* fault = read_cpu_scalar(scalar, input.scalars[k])) return fault;
+      }
+    }
+    tensors.has_scalars_on_device = input.has_scalars_on_device;
+    return nullptr;
   }
 
   // True if this may be a step of many ordinary parameters in CPU memory; the first step is treated as one of few.
@@ -213,7 +227,7 @@ class Stepper {
       return false;
     }
     if (is_scaled_ || unsupported_.is_search() || unsupported_.leaves_some() || cuda_service().takes_cpu) return false;
-    for (const Group& group : groups_.all()) {
+    for (const StepGroup& group : groups_.all()) {
       if (group.is_capturable || group.device_lr.defined()) return false;
     }
     return true;
@@ -235,8 +249,7 @@ class Stepper {
     if (fault || threads.count < 2) return false;
     entries_.resize(n_places);
     bool is_done = batch_.add_together(
-        static_cast<int64_t>(listed_.size()), n_places, 1 + n_states_of<Family>(groups_[0].options) + Family::kHasStep,
-        threads,
+        static_cast<int64_t>(listed_.size()), n_places, 1 + groups_[0].n_kept(), threads,
         [&](int64_t i, auto&& place) __attribute__((always_inline)) { return take(listed_[i], last_seen_[i], place); });
     for (int64_t i = 0; is_done && i < n_places; ++i) is_done = give_rule(i);
     if (is_done) {
@@ -256,18 +269,15 @@ class Stepper {
   template <class Place>
   [[gnu::always_inline]] bool take(const Listed& listed, LastSeen& last_seen, Place&& place) {
     FoundParam found;
-    const auto& options = groups_[listed.group].options;
-    if (find_param<Family, true>(listed.object, options, keys_, state_items_, last_seen.state, found)) return false;
+    const StepGroup& group = groups_[listed.group];
+    if (find_param<true>(listed.object, group, state_items_, last_seen.state, found)) return false;
     const bool has_gradient = found.tensors.grad != nullptr;
     if (has_gradient != last_seen.has_gradient) return false;
     if (!has_gradient) return true;
-    for (int s = 0; s < found.tensors.n_states; ++s) {
-      if (!found.tensors.states[s]) return false;
-    }
-    Entry entry{listed.group, 2};
-    if constexpr (Family::kHasStep) {
-      if (read_step(*found.step, entry.count)) return false;
-      found.tensors.step = found.step;
+    if (found.lacks_some) return false;
+    Entry entry{listed.group};
+    for (int k = 0; k < found.tensors.n_scalars; ++k) {
+      if (read_cpu_scalar(*found.tensors.kept[found.tensors.n_states + k], entry.input.scalars[k])) return false;
     }
     entries_[listed.place] = entry;
     return place(found.tensors, listed.place);
@@ -275,7 +285,7 @@ class Stepper {
 
   // Gives a tensor the rule of its group and count; false if there is none for its dtype.
   bool give_rule(int64_t i) {
-    const int32_t rule = groups_.rule(entries_[i].group, entries_[i].count, batch_.dtype(i), batch_);
+    const int32_t rule = groups_.rule(entries_[i].group, entries_[i].input, batch_.dtype(i), batch_);
     if (rule < 0) return false;
     batch_.set_rule(i, rule);
     return true;
@@ -286,14 +296,13 @@ class Stepper {
   StateItems state_items_;
   UnsupportedParams unsupported_;
   std::vector<Entry> entries_;
-  StepGroups<Family> groups_;
+  StepGroups groups_;
   NewStates new_states_;
   bool is_scaled_ = false;
   bool must_know_ = false;           // before the launch, whether a scaler skips the step
   bool is_skipped_ = false;          // it does
   std::vector<LastSeen> last_seen_;  // of each parameter
   std::vector<Listed> listed_;
-  const StateKeys<Family> keys_;
   int n_steps_apart_ = 0;  // from now on
   int next_steps_apart_ = 1;
   const char* why_not_ = "";

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "torch/cuda_library.h"
+#include "update/tensor_update.h"
 
 namespace fastopt {
 

@@ -45,13 +45,11 @@ class MemoryOverlap {
   struct Written {
     Memory memory;
     c10::TensorImpl* tensor;
-    bool is_count;  // a number in CPU memory, to which each step adds 1
 
     // True if they differ from the last step's.
-    bool replace(const Memory& now, c10::TensorImpl* its_tensor, bool is_now_count = false) {
+    bool replace(const Memory& now, c10::TensorImpl* its_tensor) {
       tensor = its_tensor;
       [[maybe_unused]] const auto version = tensor->version_counter().current_version();  // fetched: it will be written
-      is_count = is_now_count;
       if (memory.begin == now.begin && memory.end == now.end && memory.storage == now.storage &&
           memory.is_own == now.is_own) {
         return false;

@@ -1,6 +1,7 @@
-#include "torch/ordinary.h"
+#include "torch/optim/ordinary.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Device.h>
 #include <torch/csrc/PyInterpreter.h>
 
 #include <array>
@@ -30,6 +31,8 @@ struct PythonObjects {
   PyObject* default_dict;
   PyObject* ordered_dict;
   PyObject* device_context;
+  PyObject* torch_dict;
+  PyObject* zeros_like;
 };
 PythonObjects objects{};
 
@@ -74,7 +77,9 @@ void prepare_ordinary() {
              attribute("torch._C", "_disabled_torch_function_impl"),
              attribute("collections", "defaultdict"),
              attribute("collections", "OrderedDict"),
-             attribute("torch.utils._device", "DeviceContext")};
+             attribute("torch.utils._device", "DeviceContext"),
+             attribute("torch", "__dict__"),
+             attribute("torch", "zeros_like")};
 }
 
 bool is_ordinary_subclass(PyTypeObject* type) {
@@ -106,6 +111,16 @@ bool is_free_of_function_modes() {
     if (reinterpret_cast<PyObject*>(Py_TYPE(mode)) != objects.device_context) return false;
   }
   return true;
+}
+
+bool are_new_states_ordinary() {
+  if (PyDict_GetItemString(objects.torch_dict, "zeros_like") != objects.zeros_like) return false;
+  if (!at::impl::torch_function_mode_enabled()) return true;
+  const int64_t n_modes = at::impl::PythonTorchFunctionTLS::stack_len();
+  PyObject* const innermost = at::impl::PythonTorchFunctionTLS::get_stack_at(n_modes - 1)->ptr(getPyInterpreter());
+  const auto device = py::reinterpret_steal<py::object>(PyObject_GetAttrString(innermost, "device"));
+  PyErr_Clear();
+  return device && THPDevice_Check(device.ptr()) && reinterpret_cast<THPDevice*>(device.ptr())->device.is_cpu();
 }
 
 }  // namespace fastopt

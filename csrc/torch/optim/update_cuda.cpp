@@ -1,4 +1,4 @@
-#include "torch/update_cuda.h"
+#include "torch/optim/update_cuda.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -13,22 +13,22 @@ namespace {
 constexpr int64_t kBlocksPerMultiprocessor = 16;
 constexpr int64_t kMaxChunk = 16 * cuda::kChunkUnit;
 
-bool is_aligned(const TensorUpdate& item) {
+bool is_aligned(const TensorUpdate& item, int n_states) {
   uintptr_t all = reinterpret_cast<uintptr_t>(item.param) | reinterpret_cast<uintptr_t>(item.grad);
-  for (const void* state : item.state) all |= reinterpret_cast<uintptr_t>(state);
+  for (int s = 0; s < n_states; ++s) all |= reinterpret_cast<uintptr_t>(item.kept[s]);
   return all % 16 == 0;
 }
 
-cuda::UpdateEntry entry_of(const TensorUpdate& item, int16_t rule) {
+cuda::UpdateEntry entry_of(const TensorUpdate& item, int8_t rule, int n_states) {
   cuda::UpdateEntry entry{};
   entry.param = item.param;
   entry.grad = const_cast<void*>(item.grad);  // written only if the gradients are unscaled
-  for (int s = 0; s < kMaxStates; ++s) entry.state[s] = item.state[s];
-  entry.step = item.step;
+  for (int k = 0; k < kMaxKept; ++k) entry.kept[k] = item.kept[k];
   entry.numel = item.numel;
   entry.rule = rule;
-  entry.is_aligned = is_aligned(item);
-  entry.is_step_double = item.is_step_double;
+  entry.is_aligned = is_aligned(item, n_states);
+  entry.has_scalars_on_device = item.has_scalars_on_device;
+  entry.double_scalars = item.double_scalars;
   return entry;
 }
 
@@ -60,7 +60,7 @@ void CudaUpdater::run(const std::vector<const TensorUpdate*>& updates, const std
         rule = static_cast<int32_t>(used.size());
         used.push_back(rules[updates[i]->rule]);
       }
-      entries.push_back(entry_of(*updates[i], static_cast<int16_t>(rule)));
+      entries.push_back(entry_of(*updates[i], static_cast<int8_t>(rule), used[rule].n_states));
       is_done[i] = true;
     }
     cuda::Update update{};
@@ -76,10 +76,10 @@ void CudaUpdater::run(const std::vector<const TensorUpdate*>& updates, const std
 void CudaUpdater::launch(std::vector<cuda::UpdateEntry>& entries, const std::vector<PackedRule>& rules,
                          cuda::Update update, const CudaDevice& device, c10::Device where) {
   int64_t numel = 0;
-  bool counts_steps = false;
+  bool advances_scalars = false;
   for (const cuda::UpdateEntry& entry : entries) {
     numel += entry.numel;
-    counts_steps |= entry.step != nullptr;
+    advances_scalars |= entry.has_scalars_on_device;
   }
   const int64_t wanted = numel / (device.multiprocessors() * kBlocksPerMultiprocessor);
   const int64_t chunk = std::clamp(divide_up(wanted, cuda::kChunkUnit) * cuda::kChunkUnit,
@@ -91,11 +91,11 @@ void CudaUpdater::launch(std::vector<cuda::UpdateEntry>& entries, const std::vec
   // A captured launch is replayed with the arguments it was captured with, so a graph keeps its tables in them.
   const bool is_capturing = device.is_capturing();
   at::Tensor ticket = ticket_;
-  if (counts_steps && !ticket.defined()) {
+  if (advances_scalars && !ticket.defined()) {
     ticket = at::zeros({1}, at::TensorOptions(where).dtype(at::kInt));
     if (!is_capturing) ticket_ = ticket;
   }
-  if (counts_steps) update.ticket = static_cast<uint32_t*>(ticket.mutable_data_ptr());
+  if (advances_scalars) update.ticket = static_cast<uint32_t*>(ticket.mutable_data_ptr());
   const size_t per_launch = is_capturing || entries.size() <= cuda::kManyEntries ? cuda::kManyEntries : entries.size();
   for (size_t begin = 0; begin < entries.size(); begin += per_launch) {
     const size_t end = std::min(begin + per_launch, entries.size());

@@ -1,25 +1,28 @@
-#include "torch/step_plan.h"
+#include "torch/optim/step_plan.h"
 
 #include <pybind11/stl.h>  // vector
 
 #include <memory>  // unique_ptr
 #include <mutex>
 #include <new>
+#include <string>
 #include <thread>
 #include <utility>  // move
 #include <vector>
 
-#include "torch/stepper.h"
+#include "torch/optim/stepper.h"
 
 namespace fastopt {
 namespace {
 
 // The native part of a Python optimizer.
-template <class Family>
 class StepPlan {
  public:
-  explicit StepPlan(py::object is_ordinary_class)
-      : is_ordinary_class_(std::move(is_ordinary_class)), stepper_(new Stepper<Family>(is_ordinary_class_)) {}
+  // `op`: the optimizer's operator.
+  StepPlan(const std::string& op, py::object is_ordinary_class)
+      : optimizer_(*find_optimizer(op)),
+        is_ordinary_class_(std::move(is_ordinary_class)),
+        stepper_(new Stepper(optimizer_, is_ordinary_class_)) {}
 
   bool step(const py::object& optimizer, bool reads_scaling) {
     if (is_underway()) {
@@ -79,34 +82,28 @@ class StepPlan {
     if (owner_ == std::thread::id()) return;
     owner_ = std::thread::id();
     [[maybe_unused]] const auto* left = stepper_.release();
-    stepper_.reset(new Stepper<Family>(is_ordinary_class_));
+    stepper_.reset(new Stepper(optimizer_, is_ordinary_class_));
   }
 
+  const Optimizer& optimizer_;
   const py::object is_ordinary_class_;
-  std::unique_ptr<Stepper<Family>> stepper_;
+  std::unique_ptr<Stepper> stepper_;
   std::mutex mutex_;
   std::thread::id owner_;
   int64_t n_forks_ = fork_count();
   const char* why_not_ = "";
 };
 
-template <class Family>
-void bind_plan(py::module_& module, const char* name) {
-  py::class_<StepPlan<Family>>(module, name)
-      .def(py::init<py::object>(), py::arg("is_ordinary_class"))
-      .def("step", &StepPlan<Family>::step, py::arg("optimizer"), py::arg("reads_scaling") = true)
-      .def("step_without", &StepPlan<Family>::step_without)
-      .def("unsupported_params", &StepPlan<Family>::unsupported_params)
-      .def("why_not", &StepPlan<Family>::why_not);
-}
-
 }  // namespace
 
-void bind_step_plans(py::module_& module) {
+void bind_step_plan(py::module_& module) {
   prepare_ordinary();
-  bind_plan<SgdFamily>(module, "SgdPlan");
-  bind_plan<RmsPropFamily>(module, "RmsPropPlan");
-  bind_plan<AdamFamily>(module, "AdamPlan");
+  py::class_<StepPlan>(module, "StepPlan")
+      .def(py::init<const std::string&, py::object>(), py::arg("op"), py::arg("is_ordinary_class"))
+      .def("step", &StepPlan::step, py::arg("optimizer"), py::arg("reads_scaling") = true)
+      .def("step_without", &StepPlan::step_without)
+      .def("unsupported_params", &StepPlan::unsupported_params)
+      .def("why_not", &StepPlan::why_not);
 }
 
 }  // namespace fastopt

@@ -1,4 +1,4 @@
-#include "torch/update_batch.h"
+#include "torch/optim/update_batch.h"
 
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/Allocator.h>
@@ -28,15 +28,6 @@ LayoutMatch layout_match(const at::Tensor& tensor, const at::Tensor& param) {
   }
   const bool lies_alike = has_same_strides || (tensor.is_contiguous() && param.is_contiguous());
   return lies_alike ? LayoutMatch::kSame : LayoutMatch::kLayoutDiffers;
-}
-
-// To the float or double in memory.
-void add_one(const Memory& number) {
-  if (number.end - number.begin == sizeof(double)) {
-    ++*reinterpret_cast<double*>(number.begin);
-  } else {
-    ++*reinterpret_cast<float*>(number.begin);
-  }
 }
 
 bool is_lazy_clone(const at::Tensor& tensor) {
@@ -79,15 +70,6 @@ bool UpdateBatch::is_capturing() const {
   return false;
 }
 
-void UpdateBatch::count_on_device(int64_t i, const at::Tensor& step) {
-  const int64_t n_bytes = static_cast<int64_t>(step.itemsize());
-  const Memory memory =
-      memory_of(step, n_bytes, n_bytes, devices_[places_[i]].own_deleter, /*is_written=*/true, "a step");
-  updates_[i].step = memory.begin;
-  updates_[i].is_step_double = step.scalar_type() == at::kDouble;
-  overlap_.add_written(memory, step.unsafeGetTensorImpl());
-}
-
 // Why no kernel can update the tensors, or null.
 const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
   const at::Tensor &param = *tensors.param, &grad = *tensors.grad;
@@ -107,7 +89,7 @@ const char* UpdateBatch::find_fault(const ParamTensors& tensors, Kind& kind) {
   if (!param.is_contiguous() && !param.is_non_overlapping_and_dense()) return "a parameter is not dense";
   at::ScalarType state_type = type;
   for (int s = 0; s < tensors.n_states; ++s) {
-    const at::Tensor& state = *tensors.states[s];
+    const at::Tensor& state = *tensors.kept[s];
     if (!lies_with_param(state) || state.is_inference()) {
       return "a state is not an ordinary tensor on its parameter's device";
     }
@@ -148,30 +130,32 @@ bool UpdateBatch::fill(TensorUpdate& item, const ParamTensors& tensors, const at
       memory_of(grad, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/false, "a gradient");
   const Memory param_memory =
       memory_of(param, numel * item_bytes, item_bytes, own_deleter, /*is_written=*/true, "a parameter");
-  Memory step;
-  if (tensors.step) {
-    const auto step_bytes = static_cast<int64_t>(tensors.step->itemsize());
-    step = memory_of(*tensors.step, step_bytes, step_bytes, cpu_deleter_, /*is_written=*/true, "a step");
-  }
-  std::array<Memory, kMaxStates> states;
+  std::array<Memory, kMaxKept> kept;
   for (int s = 0; s < tensors.n_states; ++s) {
-    states[s] = memory_of(*tensors.states[s], numel * state_item_bytes, state_item_bytes, own_deleter,
-                          /*is_written=*/true, "a state");
+    kept[s] = memory_of(*tensors.kept[s], numel * state_item_bytes, state_item_bytes, own_deleter,
+                        /*is_written=*/true, "a state");
+  }
+  uint8_t double_scalars = 0;
+  for (int k = 0; k < tensors.n_scalars; ++k) {
+    const at::Tensor& scalar = *tensors.kept[tensors.n_states + k];
+    const auto n_bytes = static_cast<int64_t>(scalar.itemsize());
+    kept[tensors.n_states + k] =
+        memory_of(scalar, n_bytes, n_bytes, tensors.has_scalars_on_device ? own_deleter : cpu_deleter_,
+                  /*is_written=*/true, "a step");
+    double_scalars |= static_cast<uint8_t>((n_bytes == sizeof(double)) << k);
   }
   replace(item.numel, numel);
   replace(item.dtype, kind.dtype);
   replace(item.state_dtype, kind.state_dtype);
-  replace(item.step, static_cast<void*>(nullptr));
+  replace(item.has_scalars_on_device, tensors.has_scalars_on_device);
+  replace(item.double_scalars, double_scalars);
   replace(item.grad, static_cast<const void*>(grad_memory.begin));
   replace(item.param, static_cast<void*>(param_memory.begin));
-  for (int s = 0; s < tensors.n_states; ++s) replace(item.state[s], static_cast<void*>(states[s].begin));
   read = {grad_memory, grad.unsafeGetTensorImpl(), grad.unsafeGetTensorImpl()->unsafe_storage()};
   bool is_changed = written[0].replace(param_memory, param.unsafeGetTensorImpl());
-  for (int s = 0; s < tensors.n_states; ++s) {
-    is_changed |= written[s + 1].replace(states[s], tensors.states[s]->unsafeGetTensorImpl());
-  }
-  if (tensors.step) {
-    is_changed |= written[tensors.n_states + 1].replace(step, tensors.step->unsafeGetTensorImpl(), /*is_count=*/true);
+  for (int k = 0; k < tensors.n_kept(); ++k) {
+    replace(item.kept[k], static_cast<void*>(kept[k].begin));
+    is_changed |= written[k + 1].replace(kept[k], tensors.kept[k]->unsafeGetTensorImpl());
   }
   return is_changed;
 }
@@ -216,9 +200,9 @@ bool UpdateBatch::fill_at(int64_t i, const ParamTensors& tensors, const Places& 
     return false;
   }
   // Two tensors whose one copy is due may not get it on two threads.
-  if (is_lazy_clone(*tensors.param) || (tensors.step && is_lazy_clone(*tensors.step))) return false;
-  for (int s = 0; s < tensors.n_states; ++s) {
-    if (is_lazy_clone(*tensors.states[s])) return false;
+  if (is_lazy_clone(*tensors.param)) return false;
+  for (int k = 0; k < tensors.n_kept(); ++k) {
+    if (is_lazy_clone(*tensors.kept[k])) return false;
   }
   is_changed |= fill(updates_[i], tensors, *tensors.grad, kind, places.written + i * places.n_written, places.reads[i]);
   return true;
@@ -228,7 +212,7 @@ void UpdateBatch::hold() {
   const auto hold_tensor = [&](c10::TensorImpl* tensor) {
     held_tensors_.push_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(tensor));
   };
-  for (const auto& [memory, tensor, is_count] : overlap_.written()) {
+  for (const auto& [memory, tensor] : overlap_.written()) {
     hold_tensor(tensor);
     held_storages_.push_back(tensor->storage());
   }
@@ -265,15 +249,23 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
   ++kernel_calls().update;
 }
 
-// Counts steps and bumps versions, each on the thread that found the tensor and has it in its caches.
+// Writes the scalars in CPU memory and bumps versions, each on the thread that found the tensor and has it in its
+// caches.
 void UpdateBatch::note_written() {
   const auto written = overlap_.written();
   const auto n = static_cast<int64_t>(written.size());
   cpu::Threads threads = torch_threads();
   threads.count = std::min(threads.count, n_threads_);
   cpu::run_tasks(threads, threads.count, [&](int64_t part) {
+    for (int64_t i = part * size() / threads.count; i < (part + 1) * size() / threads.count; ++i) {
+      const TensorUpdate& item = updates_[i];
+      if (item.has_scalars_on_device) continue;
+      const PackedRule& rule = rules_[item.rule];
+      for (int k = 0; k < rule.n_scalars; ++k) {
+        write_scalar(item.kept[rule.n_states + k], item.double_scalars >> k & 1, rule.scalars_after[k]);
+      }
+    }
     for (int64_t i = part * n / threads.count; i < (part + 1) * n / threads.count; ++i) {
-      if (written[i].is_count) add_one(written[i].memory);
       written[i].tensor->bump_version();
     }
   });

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "torch/group_reader.h"
+#include "torch/optim/group_reader.h"
 
 namespace fastopt {
 

@@ -1,4 +1,4 @@
-#include "torch/memory_overlap.h"
+#include "torch/optim/memory_overlap.h"
 
 #include <algorithm>  // max, sort, upper_bound
 
@@ -39,7 +39,7 @@ void MemoryOverlap::check_written() {
   storages_.assign(capacity, nullptr);
   sorted_.clear();
   is_all_own_ = true;
-  for (const auto& [memory, tensor, is_count] : written()) {
+  for (const auto& [memory, tensor] : written()) {
     if (memory.begin == memory.end) continue;
     sorted_.push_back(memory);
     storages_[slot_of(storages_, memory.storage)] = memory.storage;

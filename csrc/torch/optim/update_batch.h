@@ -8,22 +8,23 @@
 #include <vector>
 
 #include "cpu/parallel.h"
-#include "rules/rules.h"
 #include "torch/context.h"
-#include "torch/memory_overlap.h"
-#include "torch/update_cuda.h"
+#include "torch/optim/memory_overlap.h"
+#include "torch/optim/update_cuda.h"
+#include "update/tensor_update.h"
 
 namespace fastopt {
 
-// A parameter, its gradient and its states.
+// A parameter, its gradient and what its state keeps.
 struct ParamTensors {
   const at::Tensor* param;
   const at::Tensor* grad;
-  std::array<const at::Tensor*, kMaxStates> states;
-  int n_states;
-  const at::Tensor* step;  // one float or double in CPU memory, to which the batch adds 1 each step, or null
+  std::array<const at::Tensor*, kMaxKept> kept;  // states like the parameter, then scalars: each one float or double
+  int n_states, n_scalars;
+  bool has_scalars_on_device;  // on the parameter's; otherwise they are in CPU memory
 
-  int n_written() const { return 1 + n_states + (step != nullptr); }
+  int n_kept() const { return n_states + n_scalars; }
+  int n_written() const { return 1 + n_kept(); }
 };
 
 class UpdateBatch {
@@ -71,13 +72,10 @@ class UpdateBatch {
   int64_t size() const { return static_cast<int64_t>(places_.size()); }
   DType dtype(int64_t i) const { return updates_[i].dtype; }
   bool is_cuda(int64_t i) const { return devices_[places_[i]].backend == Backend::kCuda; }
+  bool has_scalars_on_device(int64_t i) const { return updates_[i].has_scalars_on_device; }
   bool has(Backend backend) const;
   // True if a CUDA graph is being captured on the current stream of a tensor's device.
   bool is_capturing() const;
-  // Has the kernel count this tensor's steps; it must lie on the tensor's device.
-  void count_on_device(int64_t i, const at::Tensor& step);
-  bool counts_on_device(int64_t i) const { return updates_[i].step != nullptr; }
-
   // True if tensors that would be written share memory with each other or with a gradient.
   bool has_overlap() { return overlap_.is_found(); }
 
@@ -91,9 +89,9 @@ class UpdateBatch {
   int32_t add_rule(const PackedRule& rule);
   void set_rule(int64_t i, int32_t rule) { replace(updates_[i].rule, rule); }
 
-  // Runs the kernels, counts steps and bumps the version of each tensor written. With a GradScaler's numbers, which are
-  // for tensors on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0; either
-  // may be null.
+  // Runs the kernels, advances scalars and bumps the version of each tensor written. With a GradScaler's numbers, which
+  // are for tensors on GPUs only, gradients are divided by grad_scale, and nothing changes if found_inf is above 0;
+  // either may be null.
   void run(const at::Tensor* grad_scale = nullptr, const at::Tensor* found_inf = nullptr);
 
   const char* why_not() const { return why_not_; }

@@ -24,6 +24,10 @@ bool is_ordinary_dict(PyObject* object);
 // No torch function mode is on but those of torch.device and set_default_device, which concern new tensors only.
 bool is_free_of_function_modes();
 
+// torch.zeros_like is torch's own, and new tensors go to the CPU where no device is named: then states may be made
+// without torch's function for it. While no other function modes are on.
+bool are_new_states_ordinary();
+
 // A number that changes with every change of a class or its bases; 0: not known.
 inline uint64_t version_of(PyTypeObject* type) {
 #if PY_VERSION_HEX < 0x030C0000

@@ -1,0 +1,74 @@
+// How a rule declares its numbers: each name is written once, as a field, and is known as text too.
+#pragma once
+
+#include "common.h"
+
+namespace fastopt {
+
+// The number of names in a list such as "lr, momentum".
+constexpr int count_names(const char* names) {
+  int n = *names != '\0';
+  for (; *names; ++names) n += *names == ',';
+  return n;
+}
+
+}  // namespace fastopt
+
+// Fields of type double: options, as the operator's schema names them, or the numbers that a parameter's state keeps.
+// An option whose name ends in 1 or 2 is one of a pair in the param group: beta1 is betas[0].
+#define FASTOPT_NUMBERS(...)                            \
+  double __VA_ARGS__;                                   \
+  static constexpr const char* kNumbers = #__VA_ARGS__; \
+  static constexpr int kNumberCount = ::fastopt::count_names(#__VA_ARGS__);
+
+// Options that are true or false, after the numbers. `is_first_step` is not in a param group: it is true where the step
+// makes the parameter's states.
+#define FASTOPT_FLAGS(...) \
+  bool __VA_ARGS__;        \
+  static constexpr const char* kFlags = #__VA_ARGS__;
+
+// The fields of a rule: its constants, all of the type that it computes in. A flag of one byte among them would keep
+// the loops from becoming vectors.
+#define FASTOPT_CONSTANTS(Type, ...) \
+  using Real = Type;                 \
+  Type __VA_ARGS__;                  \
+  static constexpr int kConstants = ::fastopt::count_names(#__VA_ARGS__);
+
+namespace fastopt {
+
+// The scalars of an optimizer whose parameters keep a count of steps only.
+struct StepScalar {
+  FASTOPT_NUMBERS(step)
+};
+
+// Of one whose parameters keep none.
+struct NoScalars {
+  static constexpr const char* kNumbers = "";
+  static constexpr int kNumberCount = 0;
+};
+
+// An optimizer of one rule, which uses all states.
+template <template <class> class TheRule>
+struct OneRule {
+  static constexpr int kVariants = 1;
+  template <class T, int kVariant>
+  using Rule = TheRule<T>;
+  template <class Options>
+  static int variant(const Options&) {
+    return 0;
+  }
+  template <class Options>
+  static bool uses_state(const Options&, int /*state*/) {
+    return true;
+  }
+};
+
+// A parameter after decoupled decay. One rounding, where a factor 1 - decay would bring its own each step; an infinite
+// parameter stays infinite.
+template <class T>
+FASTOPT_HD T decayed(T param, T decay) {
+  const bool is_finite = param - param == 0;
+  return is_finite ? param - decay * param : param;
+}
+
+}  // namespace fastopt
