@@ -1,6 +1,6 @@
 """Whole training steps of small programs of common kinds: torch beside fastopt, which take turns step by step.
 
-    python benchmarks/programs.py [NAME...] [--seconds 8] [--threads N] [--readme README.md]
+    python benchmarks/programs.py [NAME...] [--seconds 8] [--threads N] [--readme docs/benchmarks.md]
 
 Both train copies of one model on one batch with torch's defaults. The losses of the first steps must agree; then each
 part of a step is timed. Exits with 1 if losses disagree. What needs transformers is not run where it is missing.

@@ -125,8 +125,8 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, programs,
     assert message in capsys.readouterr().err
 
 
-def test_readme_holds_the_places_of_both_tables(programs):
-    readme = FILE.parents[1] / "README.md"
+def test_the_page_of_benchmarks_holds_the_places_of_both_tables(programs):
+    readme = FILE.parents[1] / "docs/benchmarks.md"
     text = readme.read_text(encoding="utf-8")
     for markers in (programs.MARKERS, programs.report.MARKERS):
         assert "new" in programs.report.rewrite_between_markers(text, "new", markers)
