@@ -78,7 +78,7 @@ def test_arrays_a_step_moves_are_the_states_torch_keeps(case):
     assert written == states | {"param"}
 
 
-def test_in_place_is_timed_only_where_the_function_knows_it(monkeypatch):
+def test_in_place_is_timed_only_where_the_function_has_the_argument(monkeypatch):
     monkeypatch.setattr(cases.functional, "cross_entropy", lambda input, target: None)
     assert not any("in place" in case.name for case in cases.cases_for("cpu"))
     monkeypatch.setattr(cases.functional, "cross_entropy", lambda input, target, inplace_backward=False: None)
@@ -157,7 +157,7 @@ def test_16_bit_steps_pass_the_check_and_one_that_does_nothing_fails(case):
     assert not ready.check(ready.start(Provider("faulty", lambda case, params: lambda: None))).ok
 
 
-def test_gradient_in_the_logits_memory_is_checked_and_logits_come_back():
+def test_gradient_in_the_logits_memory_is_checked_and_logits_are_restored():
     class InPlace(torch.autograd.Function):
         @staticmethod
         def forward(ctx, logits, target):
@@ -192,7 +192,7 @@ def test_raising_and_wrong_providers_are_reported_and_right_ones_timed(short_str
         raise RuntimeError("no kernel image\nand more lines")
 
     def refuse(case):
-        raise NotOffered("nobody has it")
+        raise NotOffered("no such loss")
 
     table = [
         providers.LOSSES[0],
@@ -212,13 +212,13 @@ def test_raising_and_wrong_providers_are_reported_and_right_ones_timed(short_str
         "copy": "timed",
     }
     assert entries["raises"]["reason"] == "RuntimeError: no kernel image"
-    assert entries["refuses"]["reason"] == "nobody has it"
+    assert entries["refuses"]["reason"] == "no such loss"
     assert entries["faulty"]["reason"].startswith("differs by ")
     assert "median_us" not in entries["faulty"]
     json.dumps(entries, allow_nan=False)
 
 
-def test_provider_that_brings_its_process_down_is_reported_and_the_others_are_run_again(monkeypatch):
+def test_provider_that_crashes_is_reported_and_the_others_are_run_again(monkeypatch):
     asked = []
 
     def one_child(job, timeout_s):

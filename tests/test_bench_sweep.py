@@ -1,4 +1,4 @@
-"""``python -m fastopt bench sweep``: its rows, what is judged slow, and its exit status."""
+"""``python -m fastopt bench sweep``: its rows, the rows that count as slow, and its exit status."""
 
 import random
 import time
@@ -39,7 +39,7 @@ def test_every_optimizer_and_loss_of_fastopt_has_rows_in_every_dtype():
         assert kinds == set(rows.DTYPES)
 
 
-def test_rows_have_names_of_their_own():
+def test_row_names_are_unique():
     assert len(set(NAMES)) == len(NAMES)
     assert "cross-entropy 64 x 10 f16, half ignored" in NAMES
     assert "Adam amsgrad: LeNet, 44 k f64" in NAMES
@@ -98,7 +98,7 @@ def test_calls_of_a_row_work_and_differ_by_their_provider(row):
         call()
 
 
-def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
+def test_losses_get_the_layout_and_options_of_their_row(monkeypatch):
     seen = []
 
     def spy(inputs, target, **options):
@@ -122,7 +122,7 @@ def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_a_step_that_leaves_parameters_as_they_are_is_no_candidate(share, monkeypatch):
+def test_step_that_changes_few_parameters_is_not_timed(share, monkeypatch):
     """torch 2.13's fused SGD updates a few elements of 16-bit tensors."""
     loop = rows.OPTIMIZERS[0]
 
@@ -135,7 +135,7 @@ def test_a_step_that_leaves_parameters_as_they_are_is_no_candidate(share, monkey
     assert list(row.calls()) == ["torch for-loop"] + ["torch partly"] * (share == 1)
 
 
-# What is slow, and how it is told.
+# Slow rows, and how they are reported.
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_re
     assert sum(bool(row.made) for row in table) > 2
 
 
-def test_a_row_that_raises_is_told_and_is_status_3(short_repeats, monkeypatch, capsys):
+def test_row_that_raises_is_reported_with_status_3(short_repeats, monkeypatch, capsys):
     def fail():
         raise RuntimeError("no kernel")
 
@@ -259,7 +259,7 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_help_and_list_say_the_bar_and_the_bytes(capsys):
+def test_help_states_the_threshold_and_list_the_bytes(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "sweep", "--help"])
     assert "torch's time / 0.95, and over 2 us more" in " ".join(capsys.readouterr().out.split())

@@ -338,7 +338,7 @@ def test_no_files_mean_drawn_digits(nowhere, monkeypatch):
     assert len(digits.train.labels) == data.N_DRAWN_TRAIN // 100
 
 
-def test_linear_model_does_clearly_worse_on_drawn_digits_than_a_small_cnn():
+def test_linear_model_is_less_accurate_than_lenet_on_drawn_digits():
     digits = data.draw(6000, 1000)
     images, labels = digits.normalize(digits.train.images), digits.train.labels
 

@@ -80,8 +80,8 @@ class LossCase:
             "in place": self.is_in_place,
             "no gradient": not self.needs_grad,
         }
-        told = "".join(f", {trait}" for trait, holds in traits.items() if holds)
-        return f"cross-entropy {' x '.join(map(str, self.shape))}{suffix(self.dtype)}{told}"
+        suffixes = "".join(f", {trait}" for trait, holds in traits.items() if holds)
+        return f"cross-entropy {' x '.join(map(str, self.shape))}{suffix(self.dtype)}{suffixes}"
 
     @property
     def n_logits(self):
@@ -118,7 +118,7 @@ class LossCase:
 
 
 def suffix(dtype):
-    """What names a dtype at the end of a case's name."""
+    """The dtype at the end of a case's name."""
     return {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}[dtype]
 
 

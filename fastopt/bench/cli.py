@@ -116,17 +116,17 @@ def _run(args, parser, cases):
     _warn_if_busy(described)
     print(f"not installed: {', '.join(missing) or 'none'}\n\n  {report.COLUMNS}", flush=True)
     command = shlex.join(["python", "-m", "fastopt", "bench", *_arguments(args)])
-    told, results = None, []
+    reported, results = None, []
     for case in cases:
         results.append(runner.run(case, settings))
         print("\n".join(report.lines(results[-1])), flush=True)
-        told = report.to_dict(described, command, dataclasses.asdict(settings), missing, results)
+        reported = report.to_dict(described, command, dataclasses.asdict(settings), missing, results)
         if args.json:
             try:
-                report.write_json(args.json, told)
+                report.write_json(args.json, reported)
             except OSError as error:
                 parser.error(str(error))
-    status = _write(args, parser, told)
+    status = _write(args, parser, reported)
     ours = {entry["status"] for result in results for entry in result["providers"] if entry["provider"] == "fastopt"}
     return status or (3 if "not run" in ours else 1 if "wrong" in ours else 0)
 
@@ -149,14 +149,14 @@ def _warn_if_busy(described):
         )
 
 
-def _write(args, parser, told):
+def _write(args, parser, reported):
     try:
         if args.readme:
             text = args.readme.read_text(encoding="utf-8")
-            block = report.markdown(told)
+            block = report.markdown(reported)
             args.readme.write_text(report.rewrite_between_markers(text, block), encoding="utf-8")
         if args.png:
-            plot.save(args.png, told)
+            plot.save(args.png, reported)
     except ImportError as error:
         print(f"{parser.prog}: no picture, for there is no matplotlib ({error})", file=sys.stderr)
     except OSError as error:
@@ -166,10 +166,10 @@ def _write(args, parser, told):
 
 
 def _table(args, parser):
-    told = _read(args.file, parser)
+    reported = _read(args.file, parser)
     if not args.readme and not args.png:
-        print(report.markdown(told))
-    return _write(args, parser, told)
+        print(report.markdown(reported))
+    return _write(args, parser, reported)
 
 
 def _compare(args, parser):

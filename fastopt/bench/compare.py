@@ -1,7 +1,8 @@
-"""``python -m fastopt bench compare``: whether fastopt has become slower from one run to another.
+"""``python -m fastopt bench compare``: finds where fastopt has become slower from one run to another.
 
-Times of two runs differ with the machine and its load. What is compared is what took turns in one process: fastopt's
-time over that of the fastest of torch's implementations. Where torch was not timed, a plain copy stands in for it.
+Times of two runs differ with the machine and its load. So ratios of times that took turns in one process are
+compared: fastopt's time over that of the fastest of torch's implementations, or over a plain copy's where torch was not
+timed.
 """
 
 import math
@@ -140,7 +141,7 @@ def _change(name, before, after):
         return Change(name, note="only in the second")
     if not _timed(before, "fastopt"):
         return Change(name, note="never timed")
-    # What was timed and is no longer, because it is gone, fails or is wrong, must not pass for unchanged.
+    # A case that was timed and is now gone, fails or is wrong must not pass for unchanged.
     if after is None or not _timed(after, "fastopt"):
         return Change(name, note="lost")
     ours = _timed(after, "fastopt") / _timed(before, "fastopt")

@@ -15,7 +15,7 @@ _PATHS = ("library", "cuda_library", "cache_dir")  # of this machine alone: resu
 
 
 def describe(device, n_threads):
-    """As a dict of JSON's types; None where something cannot be told."""
+    """As a dict of JSON's types; None where something is unknown."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -46,7 +46,7 @@ def one_line(machine):
 
 
 def last_cache_bytes():
-    """Size of the largest cache, or None where it cannot be told."""
+    """Size of the largest cache, or None where it is unknown."""
     sizes = [size for size in (_caches() or {}).values() if size and size[:-1].isdigit() and size.endswith("K")]
     return max((1024 * int(size[:-1]) for size in sizes), default=None)
 

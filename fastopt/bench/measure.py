@@ -146,7 +146,7 @@ class Copy:
 
 
 def peak_extra_bytes(started, device):
-    """The most memory that one call holds at once beyond its inputs, gradient included; None where it cannot be told.
+    """The most memory that one call holds at once beyond its inputs, gradient included; None where it is unknown.
 
     On CUDA what torch's allocator has handed out. On the CPU resident memory, whoever allocated it: what was resident
     before the call, and the high-water mark that Linux keeps; after ``return_memory_at_once``.
@@ -177,14 +177,14 @@ def _status_bytes(field):
 
 
 def return_memory_at_once():
-    """Have glibc map every large array afresh and unmap it when freed, so that resident memory tells of arrays."""
+    """Have glibc map every large array afresh and unmap it when freed, so that resident memory follows the arrays."""
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**17)
 
 
 def available_bytes(device):
-    """Memory that a case may take, or None where it cannot be told."""
+    """Memory that a case may take, or None where it is unknown."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

@@ -8,7 +8,7 @@ BARS = (
 )
 
 
-def save(file, told):
+def save(file, reported):
     """Write the picture to ``file``.
 
     Raises:
@@ -18,7 +18,7 @@ def save(file, told):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    results = told["results"]
+    results = reported["results"]
     figure = Figure(figsize=(11, 2 + 0.45 * len(results)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -43,7 +43,7 @@ def save(file, told):
     axis.set_axisbelow(True)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="best", fontsize="small")
-    machine = told["machine"]
+    machine = reported["machine"]
     where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} threads"
     axis.set_title(f"{where}, torch {machine['torch']}", fontsize="medium")
     figure.savefig(file, dpi=110, format="png")

@@ -1,4 +1,4 @@
-"""What was found, as lines on a terminal, as JSON, and as the Markdown that a README holds."""
+"""Results as lines on a terminal, as JSON, and as the Markdown of a README."""
 
 import json
 import math
@@ -17,7 +17,7 @@ COLUMNS = (
 
 
 def summarize(result):
-    """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where there is nothing to tell.
+    """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where one is missing.
 
     ``ratio`` and ``ratio_to_compile`` are the other's time over fastopt's, ``of_copy`` a copy's time over fastopt's.
     ``ratio_cold`` is to the fastest of torch's own when the caches hold nothing of the work, ``torch_cold_us``.
@@ -72,10 +72,10 @@ def to_dict(described, command, settings, missing, results):
     }
 
 
-def write_json(file, told):
+def write_json(file, reported):
     """Replaces ``file`` at once, so that a run cut short leaves the last whole one."""
     draft = Path(file).with_name(f"{Path(file).name}.{os.getpid()}")
-    draft.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
+    draft.write_text(json.dumps(reported, indent=1, allow_nan=False) + "\n")
     draft.replace(file)
 
 
@@ -86,18 +86,19 @@ def read_json(file):
         OSError: it cannot be read.
     """
     try:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
-        is_whole = told["schema"] == SCHEMA and isinstance(told["settings"], dict) and _has_times(told["results"])
-        markdown(told)  # which takes every part of it
+        reported = json.loads(Path(file).read_text(encoding="utf-8"))
+        is_whole = reported["schema"] == SCHEMA and isinstance(reported["settings"], dict)
+        is_whole = is_whole and _has_times(reported["results"])
+        markdown(reported)  # which takes every part of it
     except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
-    return told
+    return reported
 
 
 def _has_times(results):
-    """Whether there are results, and every time is one."""
+    """There are results, and every time is a positive number."""
     timed = [entry for result in results for entry in result["providers"] if entry["status"] == "timed"]
     timed += [result["copy"] for result in results if result["copy"]]
     return bool(results) and all(0 < entry["median_us"] < math.inf for entry in timed)
@@ -106,14 +107,14 @@ def _has_times(results):
 # Markdown.
 
 
-def markdown(told):
+def markdown(reported):
     """Tables of all results, with the machine and the command above."""
-    results = told["results"]
-    parts = [f"{machine.one_line(told['machine'])}. `{told['command']}`", _main_table(results)]
+    results = reported["results"]
+    parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`", _main_table(results)]
     others = [row for result in results for row in _other_rows(result)]
     if others:
         parts.append("| work | library | us | fastopt, us | ratio |\n|---|---|---|---|---|\n" + "\n".join(others))
-    left_out = _left_out(results, told["not_installed"])
+    left_out = _left_out(results, reported["not_installed"])
     if left_out:
         parts.append("\n".join(f"- {line}" for line in left_out))
     return "\n\n".join(parts)
@@ -175,10 +176,10 @@ def _left_out(results, missing):
     for result in results:
         for entry in result["providers"]:
             if entry["status"] != "timed":
-                told = f"{entry['provider']} {entry['status']}: {entry['reason']}"
-                counts[told] = counts.get(told, 0) + 1
-    told = [f"{told} ({count} cases)" if count > 1 else told for told, count in counts.items()]
-    return told + ([f"Not installed: {', '.join(missing)}"] if missing else [])
+                reason = f"{entry['provider']} {entry['status']}: {entry['reason']}"
+                counts[reason] = counts.get(reason, 0) + 1
+    reasons = [f"{reason} ({count} cases)" if count > 1 else reason for reason, count in counts.items()]
+    return reasons + ([f"Not installed: {', '.join(missing)}"] if missing else [])
 
 
 def rewrite_between_markers(text, block, markers=MARKERS):

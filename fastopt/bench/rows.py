@@ -89,9 +89,9 @@ class LossRow:
             "half ignored": self.is_half_ignored,
             "no gradient": not self.needs_grad,
         }
-        told = [trait for trait, holds in traits.items() if holds] + _options(self.options)
+        shown = [trait for trait, holds in traits.items() if holds] + _options(self.options)
         where = f"{' x '.join(map(str, self.shape))}{suffix(self.dtype)}"
-        return ", ".join([f"{self.function.replace('_', '-')} {where}", *told])
+        return ", ".join([f"{self.function.replace('_', '-')} {where}", *shown])
 
     @property
     def bytes_moved(self):

@@ -111,7 +111,7 @@ def _sweep(pairs, seconds):
         timed[name] = times.ratio
         if times.is_slow:
             n_slow += 1
-            print(f"SLOWER {times.ratio:.2f}x  {name}: {_told(row, times)}", flush=True)
+            print(f"SLOWER {times.ratio:.2f}x  {name}: {_details(row, times)}", flush=True)
     reached = f", {len(pairs) - len(timed) - n_failed} not reached in {seconds:g} s"
     worst = min(timed, key=timed.get, default=None)
     print(
@@ -144,7 +144,7 @@ def _medians(calls, budget_s, n_rounds=None):
     return Times({name: 1e6 * measure.spread([s for s, _ in pairs])["median"] for name, pairs in samples.items()})
 
 
-def _told(row, times):
+def _details(row, times):
     rate, copy_rate = (row.bytes_moved / us / 1e3 for us in (times.ours, times.us["copy"]))
     return (
         f"fastopt {times.ours:,.1f} us, {times.torch} {times.us[times.torch]:,.1f} us; "

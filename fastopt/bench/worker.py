@@ -27,19 +27,19 @@ def run(job, connection):
     """Do a job and send ("at", name) before each provider's turn, then ("done", outcome) or ("failed", why)."""
     torch.set_num_threads(job.n_threads)
     wanted = [provider for provider in providers_for(job.case, job.device) if provider.name in job.names]
-    tell = lambda name: connection.send(("at", name))  # noqa: E731
+    announce = lambda name: connection.send(("at", name))  # noqa: E731
     try:
         if job.wants == "memory":
-            outcome = memory(job.case, job.device, wanted, tell)
+            outcome = memory(job.case, job.device, wanted, announce)
         else:
-            outcome = times(job.case, job.device, wanted, tell, job.n_rounds, job.budget_s, job.is_cold)
+            outcome = times(job.case, job.device, wanted, announce, job.n_rounds, job.budget_s, job.is_cold)
         connection.send(("done", outcome))
     except Exception as error:
         connection.send(("failed", _one_line(error)))
     connection.close()
 
 
-def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget_s=4.0, is_cold=False):
+def times(case, device, providers, announce=lambda name: None, n_rounds=None, budget_s=4.0, is_cold=False):
     """Check every provider, then time those that are right beside a plain copy; cold calls too if ``is_cold``.
 
     Returns:
@@ -48,11 +48,11 @@ def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget
     ready = work.prepare(case, device)
     entries, started = {}, {}
     for provider in providers:
-        tell(provider.name)
+        announce(provider.name)
         entries[provider.name], started[provider.name] = _checked(ready, provider, device)
     calls = {name: its.call for name, its in started.items() if its}
     copy = calls[COPY] = measure.Copy(case.bytes_moved, device)
-    tell(None)
+    announce(None)
     samples = measure.interleaved(calls, measure.clock_for(device), n_rounds, budget_s)
     copy_s = copy.scale * measure.spread([seconds for seconds, _ in samples[COPY]])["median"]
     for name, pairs in samples.items():
@@ -77,7 +77,7 @@ def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget
 
 
 def _checked(ready, provider, device):
-    """What is known of a provider before it is timed, and its call if it is to be timed."""
+    """A provider's entry before it is timed, and its call if it is to be timed."""
     entry = {"provider": provider.name, "status": "not run", "reason": None}
     try:
         available = measure.available_bytes(device)
@@ -99,13 +99,13 @@ def _checked(ready, provider, device):
     return entry | {"status": "timed"}, started
 
 
-def memory(case, device, providers, tell=lambda name: None):
+def memory(case, device, providers, announce=lambda name: None):
     """Peak extra bytes of each provider, one after another."""
     measure.return_memory_at_once()
     ready = work.prepare(case, device)
     outcome = {}
     for provider in providers:
-        tell(provider.name)
+        announce(provider.name)
         started = ready.start(provider)
         started.call()
         outcome[provider.name] = measure.peak_extra_bytes(started, device)

@@ -1,4 +1,4 @@
-"""``python -m fastopt demo``: arguments, the run, and what its exit status says."""
+"""``python -m fastopt demo``: arguments, the run, and its exit status."""
 
 import argparse
 import dataclasses

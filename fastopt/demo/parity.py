@@ -1,8 +1,8 @@
-"""Judges whether the two trainings are the same training.
+"""Judges if the two trainings are the same training.
 
 Float32 trajectories part on their own: one rounding flips one ReLU, and Adam or RMSprop turns that into a step. So the
-demo does not only compare trajectories. In its first steps it also asks what no chaos can hide: on the same logits, is
-fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. What follows is held to looser rules.
+demo does not only compare trajectories. In its first steps it also compares single steps: on the same logits, is
+fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. Later steps have wider tolerances.
 """
 
 import math
@@ -31,7 +31,7 @@ Parity holds if
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether parity holds, why not, and the figures it was judged by.
+    """Parity holds or not, the reasons, and the figures it was judged by.
 
     ``diverged``: the losses of both trainings became NaN or too large, and they agreed until then.
     """

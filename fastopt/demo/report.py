@@ -1,4 +1,4 @@
-"""Tells the outcome of the demo: tables in plain text, and everything as JSON."""
+"""Reports the outcome of the demo: tables in plain text, and everything as JSON."""
 
 import dataclasses
 import datetime
@@ -32,7 +32,7 @@ the forward pass, so some of what torch does in backward is in its loss: look at
 
 
 def describe(config, digits, info):
-    """Lines that say what is compared with what, on which data and machine."""
+    """Lines about the two sides, the data and the machine."""
     n_processes = processes.count()
     batch = f"batch {config.batch_size}" + (f" shared by {n_processes} processes" if n_processes > 1 else "")
     return [

@@ -34,7 +34,7 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Config:
-    """What to train and how; ``lr`` None takes each optimizer's own."""
+    """The training to run; ``lr`` None takes each optimizer's own."""
 
     model: str = "cnn"
     steps: int = 200
@@ -47,7 +47,7 @@ class Config:
 
 @dataclass
 class Side:
-    """One of the trainings: what it steps with, and the losses and times it has seen."""
+    """One of the trainings: its model, loss and optimizer, and the losses and times so far."""
 
     model: torch.nn.Module
     loss: torch.nn.Module
@@ -101,7 +101,7 @@ class Comparison:
 def compare(name, config, digits, progress=lambda: None):
     """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`; of all processes, if there are several.
 
-    In the first steps fastopt also shadows torch, to tell a difference from chaos: see :mod:`fastopt.demo.parity`.
+    In the first steps fastopt also shadows torch, to separate errors from rounding: see :mod:`fastopt.demo.parity`.
 
     Args:
         config: what to train.
@@ -158,7 +158,7 @@ def compare(name, config, digits, progress=lambda: None):
 
 
 def _exchange(theirs, ours, shadow):
-    """What each process saw of its share becomes what all saw: mean losses, largest errors."""
+    """Replace the losses and errors of one process's share by those of all: mean losses, largest errors."""
     for side in (theirs, ours):
         losses = processes.gathered(side.losses)
         side.losses = [sum(parts) / len(parts) for parts in zip(*losses, strict=True)]
