@@ -84,6 +84,13 @@ def test_drawn_rows_are_those_of_their_seed():
     assert max(row.bytes_moved for row in rows.rows(random.Random(3))) < 1e9
 
 
+def test_drawn_rows_are_of_every_optimizer_and_loss():
+    def prefixes(names):
+        return {name.split(":")[0].split(" ")[0] for name in names}
+
+    assert prefixes(row.name for row in rows.rows(random.Random(1))) == prefixes(NAMES)
+
+
 SMALL = ("one of 10", "1 x 10", "16 x 10 x 2", "64 x 2")
 
 

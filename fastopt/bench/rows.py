@@ -160,7 +160,8 @@ class OptimizerRow(OptimizerCase):
 
 def rows(rng=None, dtypes=DTYPES):
     """All rows of the tables; with a ``random.Random`` of shapes that it draws."""
-    models, shapes = (MODELS, SHAPES) if rng is None else (_drawn_models(rng), _drawn_shapes(rng))
+    shapes = SHAPES if rng is None else _drawn_shapes(rng)
+    models = MODELS if rng is None else list(_drawn_models(rng))
     steps = [(name, {}) for name in fastopt.optim.__all__ if hasattr(torch.optim, name)]
     steps += [(name, options) for name, options in OPTIMIZER_OPTIONS if hasattr(fastopt.optim, name)]
     for name, options in steps:
