@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 import fastopt
+from fastopt.bench.tables import LENET
 
 RECORDED = Path(__file__).with_name("instructions.json")
 N_WARM, N_FEW, N_MANY = 20, 10, 60
-LENET = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)]
 
 # Callgrind's requests are instruction sequences that do nothing elsewhere; its header has them for C only.
 HELPER = """

@@ -30,14 +30,6 @@ def test_cold_clock_overwrites_the_caches_before_each_call_and_does_not_time_it(
     assert happened == ["overwritten", "clock", "call", "clock"]
 
 
-def test_cold_clock_plans_one_call_including_its_overwriting(monkeypatch):
-    clock = object.__new__(measure.ColdClock)
-    now = iter((0.0, 2.0, 2.5, 2.5))
-    clock._flush = Flush()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
-    assert clock.plan(lambda: None) == (1, 2.5)
-
-
 @pytest.mark.parametrize(("cache_bytes", "n_free", "n_bytes"), [(4096, 2**30, 5120), (None, 2**30, 2**26 * 5 // 4)])
 def test_array_that_is_written_is_larger_than_the_last_cache(cache_bytes, n_free, n_bytes, monkeypatch):
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: cache_bytes)
@@ -67,8 +59,8 @@ def test_last_cache_is_the_largest_that_the_system_reports(sizes, n_bytes, tmp_p
 @pytest.mark.parametrize("is_cold", [False, True])
 def test_cold_calls_are_timed_for_every_provider_and_the_copy_if_asked_for(is_cold, small_caches, monkeypatch):
     monkeypatch.setattr(measure, "STRETCH_S", 1e-4)
-    case, offered = LossCase((7, 10)), [provider for provider in providers.LOSSES if not provider.compiles][:2]
-    entries, _ = worker.times(case, "cpu", offered, n_rounds=3, is_cold=is_cold)
+    case, offered = LossCase("cross_entropy", (7, 10)), [p for p in providers.LOSSES if not p.compiles][:2]
+    entries, _ = worker.times(case, worker.Settings(n_rounds=3, is_cold=is_cold), offered)
     assert list(entries) == ["torch", "fastopt", "copy"]
     for its in entries.values():
         assert ("cold_median_us" in its) == is_cold

@@ -143,4 +143,6 @@ def test_times_alone_are_compared_where_nothing_else_was_timed():
         run["results"][0]["copy"] = None
     (change,) = compare.changes(first, second)
     assert (change.relative, change.note) == (1.5, "by its time alone: neither torch nor the copy was timed")
-    assert compare.Comparison((change,)).slower == ["work"]
+    lines, is_no_slower = compare.judge([change])
+    assert "slower by more than 25% beside torch: work" in lines
+    assert not is_no_slower

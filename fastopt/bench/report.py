@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 from . import machine
@@ -10,10 +11,13 @@ from . import machine
 SCHEMA = 1
 BEGIN, END = MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMPILE = "torch compile"
-COLUMNS = (
-    f"{'provider':<15} {'median_us':>11} {'p10-p90':>21} {'cold_us':>11} {'GB/s':>8} {'of_copy':>7} {'host_us':>9} "
-    f"{'extra_MB':>8}"
-)
+_LINE = "{:<15} {:>11} {:>21} {:>11} {:>8} {:>7} {:>9} {:>8}"
+COLUMNS = _LINE.format("provider", "median_us", "p10-p90", "cold_us", "GB/s", "of_copy", "host_us", "extra_MB")
+
+
+def timed(result):
+    """The entries of the providers that were timed, by name."""
+    return {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
 
 
 def summarize(result):
@@ -22,9 +26,9 @@ def summarize(result):
     ``ratio`` and ``ratio_to_compile`` are the other's time over fastopt's, ``of_copy`` a copy's time over fastopt's.
     ``ratio_cold`` is to the fastest of torch's own when the caches hold nothing of the work, ``torch_cold_us``.
     """
-    timed = {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
-    ours, compiled = timed.get("fastopt"), timed.get(COMPILE)
-    stock = [entry for name, entry in timed.items() if name.split()[0] == "torch" and name != COMPILE]
+    entries = timed(result)
+    ours, compiled = entries.get("fastopt"), entries.get(COMPILE)
+    stock = [entry for name, entry in entries.items() if name.split()[0] == "torch" and name != COMPILE]
     fastest = min(stock, key=lambda entry: entry["median_us"], default=None)
     cold_us = min((entry["cold_median_us"] for entry in stock if "cold_median_us" in entry), default=None)
     beside = compiled and (compiled.get("fastopt_beside_us") or (ours and ours["median_us"]))
@@ -38,24 +42,16 @@ def summarize(result):
     }
 
 
-# Lines.
-
-
 def lines(result):
     """A block of aligned lines, one a provider."""
     yield f"{result['name']}  ({result['working']})"
-    copy = [result["copy"]] if result["copy"] else []
-    for entry in (*copy, *result["providers"]):
+    for entry in filter(None, (result["copy"], *result["providers"])):
         if entry["status"] != "timed":
             yield f"  {entry['provider']:<15} {entry['status']}: {entry['reason']}"
             continue
-        spread = f"{entry['p10_us']:,.1f}-{entry['p90_us']:,.1f}"
-        cold = _number(entry.get("cold_median_us"), ",.1f")
-        times = (
-            f"{entry['median_us']:>11,.1f} {spread:>21} {cold:>11} {entry['gb_per_s']:>8.1f} {entry['of_copy']:>7.2f}"
-        )
-        host, extra = _number(entry.get("host_us"), ",.1f"), _megabytes(entry.get("extra_bytes"))
-        yield f"  {entry['provider']:<15} {times} {host:>9} {extra:>8}"
+        median, cold, host = (_us(entry.get(f"{key}_us")) for key in ("median", "cold_median", "host"))
+        speed = f"{entry['gb_per_s']:.1f}", f"{entry['of_copy']:.2f}"
+        yield "  " + _LINE.format(entry["provider"], median, _spread(entry), cold, *speed, host, _megabytes(entry))
 
 
 # JSON.
@@ -87,21 +83,15 @@ def read_json(file):
     """
     try:
         reported = json.loads(Path(file).read_text(encoding="utf-8"))
-        is_whole = reported["schema"] == SCHEMA and isinstance(reported["settings"], dict)
-        is_whole = is_whole and _has_times(reported["results"])
         markdown(reported)  # which takes every part of it
+        entries = [entry for result in reported["results"] for entry in (*timed(result).values(), result["copy"])]
+        is_whole = reported["schema"] == SCHEMA and isinstance(reported["settings"], dict) and bool(entries)
+        is_whole = is_whole and all(0 < entry["median_us"] < math.inf for entry in filter(None, entries))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
     return reported
-
-
-def _has_times(results):
-    """There are results, and every time is a positive number."""
-    timed = [entry for result in results for entry in result["providers"] if entry["status"] == "timed"]
-    timed += [result["copy"] for result in results if result["copy"]]
-    return bool(results) and all(0 < entry["median_us"] < math.inf for entry in timed)
 
 
 # Markdown.
@@ -113,47 +103,53 @@ def markdown(reported):
     parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`", _main_table(results)]
     others = [row for result in results for row in _other_rows(result)]
     if others:
-        parts.append("| work | library | us | fastopt, us | ratio |\n|---|---|---|---|---|\n" + "\n".join(others))
-    left_out = _left_out(results, reported["not_installed"])
+        parts.append(table(("work", "library", "us", "fastopt, us", "ratio"), others))
+    counts = Counter(
+        f"{entry['provider']} {entry['status']}: {entry['reason']}"
+        for result in results
+        for entry in result["providers"]
+        if entry["status"] != "timed"
+    )
+    left_out = [f"{reason} ({count} cases)" if count > 1 else reason for reason, count in counts.items()]
+    if reported["not_installed"]:
+        left_out.append(f"Not installed: {', '.join(reported['not_installed'])}")
     if left_out:
         parts.append("\n".join(f"- {line}" for line in left_out))
     return "\n\n".join(parts)
 
 
+def table(heads, rows):
+    body = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
+
+
 def _main_table(results):
+    """Columns of the host's time and of cold calls are there if a case has them."""
     has_host = any(entry.get("host_us") for result in results for entry in result["providers"])
     has_cold = any(result.get("ratio_cold") for result in results)
     heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", *["cold"] * has_cold]
     heads += ["to compile", "of copy"] + ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
-    rows = [_row(result, has_host, has_cold) for result in results]
-    table = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
-    table.insert(1, "|---" * len(heads) + "|")
-    return "\n".join(table)
+    return table(heads, [_row(result, has_host, has_cold) for result in results])
 
 
 def _row(result, has_host, has_cold):
     entries = {entry["provider"]: entry for entry in result["providers"]}
     ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
-    both = lambda key, show: f"{show(stock.get(key))}, {show(ours.get(key))}"  # noqa: E731
-    spread = f"{ours['p10_us']:,.1f}-{ours['p90_us']:,.1f}" if ours["status"] == "timed" else "-"
-    return [
+    is_timed = ours["status"] == "timed"
+    cells = [
         result["name"],
-        f"{stock['median_us']:,.1f} ({stock['provider']})" if stock else "-",
-        f"{ours['median_us']:,.1f}" if ours["status"] == "timed" else f"{ours['status']}: {ours['reason']}",
-        spread,
-        f"**{result['ratio']:.2f}x**" if result["ratio"] else "-",
-        *[_cold(result, ours)] * has_cold,
-        _number(result["ratio_to_compile"], ".1f", "x"),
-        _number(result["of_copy"], ".2f"),
-        *([both("host_us", lambda value: _number(value, ",.1f"))] * has_host),
-        both("extra_bytes", _megabytes),
+        f"{_us(stock['median_us'])} ({stock['provider']})" if stock else "-",
+        _us(ours["median_us"]) if is_timed else f"{ours['status']}: {ours['reason']}",
+        _spread(ours) if is_timed else "-",
+        _ratio(result["ratio"]),
     ]
-
-
-def _cold(result, ours):
-    if not result.get("ratio_cold"):
-        return "-"
-    return f"**{result['ratio_cold']:.2f}x** ({result['torch_cold_us']:,.1f}, {ours['cold_median_us']:,.1f})"
+    if has_cold:
+        both = f" ({_us(result.get('torch_cold_us'))}, {_us(ours.get('cold_median_us'))})"
+        cells.append(_ratio(result.get("ratio_cold")) + both * bool(result.get("ratio_cold")))
+    cells += [_number(result["ratio_to_compile"], ".1f", "x"), _number(result["of_copy"], ".2f")]
+    if has_host:
+        cells.append(f"{_us(stock.get('host_us'))}, {_us(ours.get('host_us'))}")
+    return [*cells, f"{_megabytes(stock)}, {_megabytes(ours)}"]
 
 
 def _other_rows(result):
@@ -162,24 +158,11 @@ def _other_rows(result):
         if entry["provider"].split()[0] in ("torch", "fastopt") or entry["status"] == "not run":
             continue
         if entry["status"] == "wrong":
-            yield f"| {result['name']} | {entry['provider']} | wrong: {entry['reason']} | - | - |"
-            continue
-        us = entry.get("fastopt_beside_us") or ours.get("median_us")
-        ratio = f"**{entry['median_us'] / us:.2f}x**" if us else "-"
-        times = f"{entry['median_us']:,.1f} | {_number(us, ',.1f')}"
-        yield f"| {result['name']} | {entry['provider']} | {times} | {ratio} |"
-
-
-def _left_out(results, missing):
-    """Each reason why a provider was not timed, once."""
-    counts = {}
-    for result in results:
-        for entry in result["providers"]:
-            if entry["status"] != "timed":
-                reason = f"{entry['provider']} {entry['status']}: {entry['reason']}"
-                counts[reason] = counts.get(reason, 0) + 1
-    reasons = [f"{reason} ({count} cases)" if count > 1 else reason for reason, count in counts.items()]
-    return reasons + ([f"Not installed: {', '.join(missing)}"] if missing else [])
+            yield result["name"], entry["provider"], f"wrong: {entry['reason']}", "-", "-"
+        else:
+            us = entry.get("fastopt_beside_us") or ours.get("median_us")
+            ratio = _ratio(us and entry["median_us"] / us)
+            yield result["name"], entry["provider"], _us(entry["median_us"]), _us(us), ratio
 
 
 def rewrite_between_markers(text, block, markers=MARKERS):
@@ -200,5 +183,18 @@ def _number(value, form, unit=""):
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _megabytes(n_bytes):
-    return "-" if n_bytes is None else f"{n_bytes / 1e6:,.1f}"
+def _us(value):
+    return _number(value, ",.1f")
+
+
+def _spread(entry):
+    return f"{_us(entry['p10_us'])}-{_us(entry['p90_us'])}"
+
+
+def _ratio(value):
+    return f"**{value:.2f}x**" if value else "-"
+
+
+def _megabytes(entry):
+    n_bytes = entry.get("extra_bytes")
+    return _number(n_bytes and n_bytes / 1e6, ",.1f")
