@@ -12,11 +12,7 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def joined(device):
-    """The processes that torchrun has launched work together inside; ``device``: cpu or cuda.
-
-    Yields:
-        The device of this process.
-    """
+    """The processes that torchrun has launched work together inside; yields the device of this one."""
     if not is_launched():
         yield device
         return
@@ -38,7 +34,6 @@ def is_launched():
 
 
 def count():
-    """How many processes work together."""
     return dist.get_world_size() if is_launched() else 1
 
 
@@ -59,9 +54,8 @@ def parallel(model):
 
 def gathered(value):
     """The value of each process, in all of them."""
-    values = [value]
+    values = [value] * count()
     if is_launched():
-        values = [None] * count()
         dist.all_gather_object(values, value)
     return values
 
