@@ -228,7 +228,7 @@ def test_a_row_is_chosen_by_its_name_as_it_is_printed(two_threads, monkeypatch):
     table = [Row("a", (FAST,)), Row("another", (FAST,))]
     monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "sweep", "--only", "another, 2 threads"]) == 0
-    assert chosen == [(table[1], 2)]
+    assert chosen == [("another, 2 threads", table[1], 2)]
 
 
 def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_repeats, monkeypatch, capsys):

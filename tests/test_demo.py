@@ -165,7 +165,7 @@ def test_epochs_are_turned_into_steps(tmp_path):
 
 
 def test_picture_without_matplotlib_is_one_line_and_no_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*QUICK, "--optimizer", "sgd", "--png", "out.png"]) == 0
     assert "no picture, for there is no matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()

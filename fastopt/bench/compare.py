@@ -55,24 +55,24 @@ def changes(first, second):
 def _change(name, before, after):
     if before is None:
         return Change(name, "only in the second")
-    timed = [report.timed(result) if result else {} for result in (before, after)]
+    timed = report.timed(before), report.timed(after or {"providers": []})
     if "fastopt" not in timed[0]:
         return Change(name, "never timed")
     # A case that was timed and is now gone, fails or is wrong must not pass for unchanged.
     if "fastopt" not in timed[1]:
         return Change(name, "lost")
-
-    def rise(entries):
-        return entries[1]["median_us"] / entries[0]["median_us"] if all(entries) else None
-
-    ours = rise([entries["fastopt"] for entries in timed])
-    torch = rise([timed[i].get(report.summarize(result)["fastest_torch"]) for i, result in enumerate((before, after))])
-    copy = rise([before["copy"], after["copy"]])
+    fastest = [timed[i].get(report.summarize(result)["fastest_torch"]) for i, result in enumerate((before, after))]
+    ours = _rise(timed[0]["fastopt"], timed[1]["fastopt"])
+    torch, copy = _rise(*fastest), _rise(before["copy"], after["copy"])
     if torch:
         return Change(name, "", ours / torch, ours, torch)
     if copy:
         return Change(name, "beside the copy: torch was not timed", ours / copy, ours)
     return Change(name, "by its time alone: neither torch nor the copy was timed", ours, ours)
+
+
+def _rise(before, after):
+    return after["median_us"] / before["median_us"] if before and after else None
 
 
 def judge(found, tolerance=TOLERANCE, mean_tolerance=None):

@@ -15,13 +15,11 @@ def save(file, reported):
     Raises:
         ImportError: there is no matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     results = reported["results"]
     figure = Figure(figsize=(11, 2 + 0.45 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     height = 0.8 / len(BARS)
     for index, (key, label, color) in enumerate(BARS):

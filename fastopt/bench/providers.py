@@ -113,9 +113,7 @@ OPTIMIZERS = (
     # The public classes of torchao quantize their states.
     _library("torchao", "torchao.optim", compiles=True, Adam=("_AdamW", dict(weight_decay=0.0)), AdamW=("_AdamW", {})),
     _library(
-        "bitsandbytes",
-        "bitsandbytes.optim",
-        **{name: (name, {}) for name in ("SGD", "RMSprop", "Adam", "AdamW")},
+        "bitsandbytes", "bitsandbytes.optim", **{name: (name, {}) for name in ("SGD", "RMSprop", "Adam", "AdamW")}
     ),
     _library(
         "DeepSpeed",

@@ -100,7 +100,10 @@ def read_json(file):
 def markdown(reported):
     """Tables of all results, with the machine and the command above."""
     results = reported["results"]
-    parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`", _main_table(results)]
+    rows = [_row(result) for result in results]
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`"]
+    parts.append(table(heads, [[row[head] or "-" for head in heads] for row in rows]))
     others = [row for result in results for row in _other_rows(result)]
     if others:
         parts.append(table(("work", "library", "us", "fastopt, us", "ratio"), others))
@@ -123,33 +126,25 @@ def table(heads, rows):
     return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
 
 
-def _main_table(results):
-    """Columns of the host's time and of cold calls are there if a case has them."""
-    has_host = any(entry.get("host_us") for result in results for entry in result["providers"])
-    has_cold = any(result.get("ratio_cold") for result in results)
-    heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", *["cold"] * has_cold]
-    heads += ["to compile", "of copy"] + ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
-    return table(heads, [_row(result, has_host, has_cold) for result in results])
-
-
-def _row(result, has_host, has_cold):
+def _row(result):
+    """The cells by their column; None in columns that are left out where no case has a value."""
     entries = {entry["provider"]: entry for entry in result["providers"]}
     ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
-    is_timed = ours["status"] == "timed"
-    cells = [
-        result["name"],
-        f"{_us(stock['median_us'])} ({stock['provider']})" if stock else "-",
-        _us(ours["median_us"]) if is_timed else f"{ours['status']}: {ours['reason']}",
-        _spread(ours) if is_timed else "-",
-        _ratio(result["ratio"]),
-    ]
-    if has_cold:
-        both = f" ({_us(result.get('torch_cold_us'))}, {_us(ours.get('cold_median_us'))})"
-        cells.append(_ratio(result.get("ratio_cold")) + both * bool(result.get("ratio_cold")))
-    cells += [_number(result["ratio_to_compile"], ".1f", "x"), _number(result["of_copy"], ".2f")]
-    if has_host:
-        cells.append(f"{_us(stock.get('host_us'))}, {_us(ours.get('host_us'))}")
-    return [*cells, f"{_megabytes(stock)}, {_megabytes(ours)}"]
+    is_timed, cold, hosts = ours["status"] == "timed", None, [_us(entry.get("host_us")) for entry in (stock, ours)]
+    if result.get("ratio_cold"):
+        cold = f"{_ratio(result['ratio_cold'])} ({_us(result['torch_cold_us'])}, {_us(ours['cold_median_us'])})"
+    return {
+        "work": result["name"],
+        "fastest torch, us": f"{_us(stock['median_us'])} ({stock['provider']})" if stock else "-",
+        "fastopt, us": _us(ours["median_us"]) if is_timed else f"{ours['status']}: {ours['reason']}",
+        "p10-p90": _spread(ours) if is_timed else "-",
+        "ratio": _ratio(result["ratio"]),
+        "cold": cold,
+        "to compile": _number(result["ratio_to_compile"], ".1f", "x"),
+        "of copy": _number(result["of_copy"], ".2f"),
+        "host, us: torch, fastopt": None if hosts == ["-", "-"] else ", ".join(hosts),
+        "extra MB: torch, fastopt": f"{_megabytes(stock)}, {_megabytes(ours)}",
+    }
 
 
 def _other_rows(result):

@@ -13,11 +13,7 @@ from .providers import NotOffered, providers_for
 BAR = 0.95  # torch's time over fastopt's
 NOISE_US = 2.0
 MIN_ROW_S, MAX_ROW_S = 0.01, 1.0
-N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = (
-    3,
-    11,
-    0.5,
-)  # a row that looks slow is measured in so many rounds, for so long at least
+N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = 3, 11, 0.5  # of rows that look slow: in all, then in each try, for so long at least
 SECONDS, QUICK_SECONDS, QUICK_BYTES = 600.0, 60.0, 8e6
 
 HELP = "look for anything that is slower than torch; exit with 1 if something is"
@@ -66,42 +62,37 @@ def add_arguments(parser):
 def run(args, parser):
     """Sweep as ``args`` say and return the exit status."""
     rng = random.Random(args.seed)
-    threads = [args.threads] if args.threads else sorted({torch.get_num_threads(), 1}, reverse=True)
-    pairs = [
-        (row, n_threads)
+    before = torch.get_num_threads()
+    pairs = {
+        f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}": (row, n_threads)
         for row in cases.sweep_rows(rng if args.seed is not None else None)
-        for n_threads in threads
-        if args.only.lower() in _name(row, n_threads).lower() and not (args.quick and row.bytes_moved > QUICK_BYTES)
-    ]
+        for n_threads in ([args.threads] if args.threads else sorted({before, 1}, reverse=True))
+        if not (args.quick and row.bytes_moved > QUICK_BYTES)
+    }
+    pairs = [(name, *pair) for name, pair in pairs.items() if args.only.lower() in name.lower()]
     if not pairs:
         parser.error(f"argument --only: must be part of a row's name (see --list), got {args.only!r}")
     if args.list:
-        print("\n".join(dict.fromkeys(f"{row.name}  ({row.bytes_moved:,} B)" for row, _ in pairs)))
+        print("\n".join(dict.fromkeys(f"{row.name}  ({row.bytes_moved:,} B)" for _, row, _ in pairs)))
         return 0
     rng.shuffle(pairs)
     seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
-    before = torch.get_num_threads()
     try:
         return _sweep(pairs, seconds)
     finally:
         torch.set_num_threads(before)
 
 
-def _name(row, n_threads):
-    return f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}"
-
-
-def _sweep(pairs, seconds):
+def _sweep(named_rows, seconds):
     deadline = time.monotonic() + seconds
     n_slow, n_failed, ratios = 0, 0, {}
-    for index, (row, n_threads) in enumerate(pairs):
+    for index, (name, row, n_threads) in enumerate(named_rows):
         left_s = deadline - time.monotonic()
         if left_s <= 0 and index > 0:
             break
-        name = _name(row, n_threads)
         torch.set_num_threads(n_threads)
         try:
-            times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(pairs) - index))))
+            times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(named_rows) - index))))
         except Exception as error:
             n_failed += 1
             print(f"NOT RUN {name}: {type(error).__name__}: {error}", flush=True)
@@ -109,11 +100,11 @@ def _sweep(pairs, seconds):
         ratios[name] = times.ratio
         if times.is_slow:
             n_slow += 1
-            rate, copy_rate = (row.bytes_moved / times[provider] / 1e3 for provider in ("fastopt", "copy"))
             both = f"fastopt {times['fastopt']:,.1f} us, {times.torch} {times[times.torch]:,.1f} us"
-            rates = f"{row.bytes_moved:,} B at {rate:.1f} GB/s, a plain copy's at {copy_rate:.1f}"
+            rate, copy_rate = (f"{row.bytes_moved / times[provider] / 1e3:.1f}" for provider in ("fastopt", "copy"))
+            rates = f"{row.bytes_moved:,} B at {rate} GB/s, a plain copy's at {copy_rate}"
             print(f"SLOWER {times.ratio:.2f}x  {name}: {both}; {rates}", flush=True)
-    n_left = len(pairs) - len(ratios) - n_failed
+    n_left = len(named_rows) - len(ratios) - n_failed
     worst = min(ratios, key=ratios.get, default=None)
     print(
         f"{len(ratios) - n_slow} of {len(ratios)} rows at least as fast as torch"
@@ -126,11 +117,11 @@ def _sweep(pairs, seconds):
 
 def time_row(row, budget_s):
     """Times of ``row``, the last ones if at first it looks slow; those have a plain copy too."""
-    for index in range(N_TRIES):
-        calls, n_rounds = calls_of(row), None  # made anew, for times depend on the place of arrays in memory
-        if index > 0:
-            calls["copy"], n_rounds = measure.Copy(row.bytes_moved, "cpu"), N_ROUNDS_AGAIN
-        row_s = max(AGAIN_S, 3 * budget_s) if index > 0 else budget_s
+    for n_rounds in (None, *[N_ROUNDS_AGAIN] * (N_TRIES - 1)):
+        calls = calls_of(row)  # anew, for times depend on the place of arrays in memory
+        row_s = budget_s
+        if n_rounds:
+            calls["copy"], row_s = measure.Copy(row.bytes_moved, "cpu"), max(AGAIN_S, 3 * budget_s)
         clock = measure.CpuClock(row_s / len(calls) / (n_rounds or 5))
         samples = measure.interleaved(calls, clock, n_rounds, row_s)
         del calls  # before others are made

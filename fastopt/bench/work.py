@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +23,6 @@ class Started:
     reset: Callable = lambda: None  # drops the results of the last call, and restores inputs that it wrote into
 
 
-class Verdict(NamedTuple):
-    error: float
-    allowed: float
-
-    @property
-    def ok(self):
-        return self.error <= self.allowed  # NaN is not
-
-
 def prepare(case, device):
     return (OptimizerWork if case.kind == "optimizer" else LossWork)(case, device)
 
@@ -41,11 +31,8 @@ class OptimizerWork:
     """Each provider's parameters start equal; gradients are shared, for no step may write them."""
 
     def __init__(self, case, device):
-        self.case, self.device, random = (
-            case,
-            device,
-            dict(generator=torch.Generator(device).manual_seed(0), device=device),
-        )
+        self.case, self.device = case, device
+        random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
         self.params, self.grads = (
             [torch.randn(shape, **random).mul_(0.1).to(case.dtype) for shape in case.shapes] for _ in range(2)
         )
@@ -72,7 +59,7 @@ class OptimizerWork:
         return [param.detach().float() for param in params]
 
     def check(self, started):
-        """The largest error of a parameter after some steps, beside torch's in float32."""
+        """The largest error of a parameter after some steps, beside torch's in float32, and the error allowed."""
         for _ in range(N_CHECKED_STEPS):
             started.call()
         triples = list(zip(started.results(), self._expected, self.params, strict=True))
@@ -80,7 +67,7 @@ class OptimizerWork:
         update = _largest(expected - before.float() for _, expected, before in triples)
         # Each step may round a parameter the other way.
         rounding = N_CHECKED_STEPS * torch.finfo(self.case.dtype).eps / 2 * _largest(self._expected)
-        return Verdict(error, (1e-4 if self.case.dtype == torch.float32 else 5e-2) * update + rounding)
+        return error, (1e-4 if self.case.dtype == torch.float32 else 5e-2) * update + rounding
 
     def n_changed(self, started):
         """How many numbers are no longer those of the start."""
@@ -96,25 +83,22 @@ class _Logits(torch.autograd.Function):
     """Hands on logits as a layer would: no leaf of the graph, so that their memory may be reused."""
 
     @staticmethod
-    def forward(ctx, seed, logits, gradients):
-        ctx.gradients = gradients
+    def forward(ctx, seed, logits):
+        ctx.logits = logits
         return logits.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.gradients[:] = [grad]
-        return None, None, None
+        ctx.logits.grad = grad
+        return None, None
 
 
 class LossWork:
     """All providers share the logits, but for those that write into them."""
 
     def __init__(self, case, device):
-        self.case, self.device, random = (
-            case,
-            device,
-            dict(generator=torch.Generator(device).manual_seed(0), device=device),
-        )
+        self.case, self.device = case, device
+        random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
         self.logits = LAYOUTS[case.layout][0](torch.randn(case.shape, **random).to(case.dtype))
         if case.target == "indices":
             self.target = torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), **random)
@@ -129,7 +113,7 @@ class LossWork:
         self.bytes_each = 5 * self.logits.nbytes
 
     def start(self, provider):
-        case, target, losses, gradients = self.case, self.target, [], []
+        case, target, losses = self.case, self.target, []
         function = functools.partial(provider.make(case), **self.tensors)
         is_overwritten = provider.writes_logits or case.is_in_place
         leaf = self.logits.clone() if is_overwritten else self.logits.detach()
@@ -139,23 +123,18 @@ class LossWork:
 
         def call():
             leaf.grad = None
-            gradients.clear()
-            loss = function(_Logits.apply(seed, leaf, gradients) if case.is_in_place else leaf, target)
+            loss = function(_Logits.apply(seed, leaf) if case.is_in_place else leaf, target)
             if case.needs_grad:
                 loss.backward(ones)
             losses[:] = [loss]
 
-        def results():
-            return [loss.detach() for loss in losses] + (gradients or [leaf.grad] * case.needs_grad)
-
         def reset():
             leaf.grad = None
             losses.clear()
-            gradients.clear()
             if is_overwritten:
                 leaf.data.copy_(self.logits)
 
-        return Started(call, results, reset)
+        return Started(call, lambda: [losses[0].detach(), leaf.grad], reset)
 
     @functools.cached_property
     def _expected(self):
@@ -179,17 +158,16 @@ class LossWork:
         return loss, leaf.grad
 
     def check(self, started):
-        """The error of the loss or of the gradient, whichever is the larger beside what is allowed; in float64."""
+        """The error of the loss, or of the gradient if the loss is right, beside float64; and the error allowed."""
         started.reset()
         started.call()
         share = 1e-5 if self.case.dtype == torch.float32 else 2e-2
-        loss, gradient = self._expected
-        ours = started.results()
-        verdicts = [Verdict((ours[0].double() - loss).abs().item(), share * loss.abs().item())]
-        if gradient is not None:
-            error = _largest([self._rows(ours[1])[self._checked].double() - gradient])
-            verdicts.append(Verdict(error, share * _largest([gradient])))
-        return next((verdict for verdict in verdicts if not verdict.ok), verdicts[-1])
+        (loss, gradient), (our_loss, our_gradient) = self._expected, started.results()
+        error, allowed = (our_loss.double() - loss).abs().item(), share * loss.abs().item()
+        if error <= allowed and gradient is not None:
+            error = _largest([self._rows(our_gradient)[self._checked].double() - gradient])
+            allowed = share * _largest([gradient])
+        return error, allowed
 
     def _rows(self, tensor):
         return tensor.detach().movedim(1, -1).reshape(-1, self.case.shape[1])

@@ -12,11 +12,9 @@ def save(file, config, comparisons):
     Raises:
         ImportError: there is no matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 + 4.2 * len(comparisons), 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(comparisons), squeeze=False)
     for (above, below), outcome in zip(axes.T, comparisons, strict=True):
         for run, color, width, offset in RUNS:
