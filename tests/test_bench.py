@@ -17,14 +17,15 @@ from fastopt.bench.worker import Settings
 
 SHAPES = ((3, 5), (1,), (129,))
 SMALL_STEPS = [OptimizerCase(row, row.label, "small", SHAPES) for row in tables.OPTIMIZERS if row.label]
+(CROSS_ENTROPY,) = tables.LOSSES
 SMALL_LOSSES = [
-    LossCase("cross_entropy", (7, 10)),
-    LossCase("cross_entropy", (7, 10), options=dict(label_smoothing=0.1)),
-    LossCase("cross_entropy", (7, 10), target="probabilities"),
-    LossCase("cross_entropy", (7, 10), torch.bfloat16),
-    LossCase("cross_entropy", (7, 10), needs_grad=False),
-    LossCase("cross_entropy", (2, 5, 3, 4)),
-    LossCase("cross_entropy", (2, 5, 3, 4), layout="channels_last"),
+    LossCase(CROSS_ENTROPY, (7, 10)),
+    LossCase(CROSS_ENTROPY, (7, 10), options=dict(label_smoothing=0.1)),
+    LossCase(CROSS_ENTROPY, (7, 10), trait="probabilities"),
+    LossCase(CROSS_ENTROPY, (7, 10), torch.bfloat16),
+    LossCase(CROSS_ENTROPY, (7, 10), trait="no gradient"),
+    LossCase(CROSS_ENTROPY, (2, 5, 3, 4)),
+    LossCase(CROSS_ENTROPY, (2, 5, 3, 4), trait="channels_last"),
 ]
 EVERY = {case.name: case for device in ("cpu", "cuda") for case in benchmark_cases(device)}
 
@@ -210,7 +211,7 @@ def test_gradient_in_the_logits_memory_is_checked_and_logits_are_restored():
         def backward(ctx, grad):
             return ctx.gradient * grad, None
 
-    ready = work.prepare(LossCase("cross_entropy", (7, 10), is_in_place=True), "cpu")
+    ready = work.prepare(LossCase(CROSS_ENTROPY, (7, 10), trait="in place"), "cpu")
     started = ready.start(Provider("in place", lambda case: InPlace.apply))
     assert is_right(ready, started)
     started.call()
@@ -220,7 +221,7 @@ def test_gradient_in_the_logits_memory_is_checked_and_logits_are_restored():
 
 def test_large_gradients_are_checked_in_whole_rows_evenly_spaced(monkeypatch):
     monkeypatch.setattr(work, "N_CHECKED_LOGITS", 30)
-    ready = work.prepare(LossCase("cross_entropy", (10, 10)), "cpu")
+    ready = work.prepare(LossCase(CROSS_ENTROPY, (10, 10)), "cpu")
     assert is_right(ready, ready.start(providers.LOSSES[0]))
     assert ready._expected[1].shape == (3, 10)
 
@@ -297,8 +298,8 @@ def test_compiled_providers_are_timed_in_a_process_of_their_own_beside_fastopt(m
 
 
 def test_children_that_take_too_long_are_stopped():
-    outcome = runner._one_child(SMALL_LOSSES[0], Settings(timeout_s=0.0), ["torch"], worker.times)
-    assert outcome == (None, None, "no result in 0 s")
+    outcome, _, reason = runner._one_child(SMALL_LOSSES[0], Settings(timeout_s=0.0), ["torch"], worker.times)
+    assert (outcome, reason) == (None, "no result in 0 s")
 
 
 # Clocks and statistics.

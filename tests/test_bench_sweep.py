@@ -31,7 +31,7 @@ def test_every_optimizer_and_loss_of_fastopt_has_rows_in_every_dtype():
     assert ours >= {"cross_entropy"}
     dtypes = {}
     for row in EVERY:
-        name = row.function if row.kind == "loss" else row.optimizer.name
+        name = (row.loss if row.kind == "loss" else row.optimizer).name
         dtypes.setdefault(name, set()).add(row.dtype)
     assert dtypes == dict.fromkeys([*ours, *fastopt.optim.__all__], set(cases.DTYPES))
 

@@ -9,7 +9,7 @@ from . import tables
 
 DTYPES = {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}  # in names
 LAYOUTS = {  # with the numbers of dimensions that have them
-    "contiguous": (lambda values: values, (2, 3, 4)),
+    "": (lambda values: values, (2, 3, 4)),
     "channels_last": (lambda values: values.movedim(1, -1).contiguous().movedim(-1, 1), (3, 4)),
     "transposed": (lambda values: values.transpose(0, 1).contiguous().transpose(0, 1), (2,)),
     "rows apart": (lambda values: values.repeat_interleave(2, 0)[::2], (2,)),
@@ -63,32 +63,26 @@ class OptimizerCase(Case):
 class LossCase(Case):
     """Forward and backward into a fresh gradient, or the loss alone."""
 
-    function: str  # of fastopt.functional and torch.nn.functional
+    loss: tables.Loss
     shape: tuple
     dtype: torch.dtype = torch.float32
-    target: str = "indices"
-    layout: str = "contiguous"
-    has_weight: bool = False  # of each class
-    is_half_ignored: bool = False
-    is_in_place: bool = False  # the gradient may take the logits' memory
-    needs_grad: bool = True
+    trait: str = ""  # a layout, or another that the name shows
     options: dict = field(default_factory=dict)
     devices: tuple = ("cpu", "cuda")
     kind = "loss"
 
     @property
     def name(self):
-        traits = {
-            self.layout: self.layout != "contiguous",
-            self.target: self.target == "probabilities",
-            "weight": self.has_weight,
-            "half ignored": self.is_half_ignored,
-            "in place": self.is_in_place,
-            "no gradient": not self.needs_grad,
-        }
-        size = f"{' x '.join(map(str, self.shape))}{DTYPES[self.dtype]}"
-        shown = [trait for trait, holds in traits.items() if holds] + _shown(self.options)
-        return ", ".join([f"{self.function.replace('_', '-')} {size}", *shown])
+        size = f"{self.loss.name.replace('_', '-')} {' x '.join(map(str, self.shape))}{DTYPES[self.dtype]}"
+        return ", ".join([size, *filter(None, [self.trait]), *_shown(self.options)])
+
+    @property
+    def target(self):
+        return self.trait if self.trait == "probabilities" else self.loss.target
+
+    @property
+    def needs_grad(self):
+        return self.trait != "no gradient"
 
     @property
     def terms(self):
@@ -96,7 +90,7 @@ class LossCase(Case):
         inputs = "input" if self.target == "values" else "logits"
         indices = "read targets", torch.int64.itemsize, n_logits // self.shape[1]
         parts = [
-            (f"read {inputs}", itemsize, n_logits // (2 if self.is_half_ignored else 1)),
+            (f"read {inputs}", itemsize, n_logits // (2 if self.trait == "half ignored" else 1)),
             indices if self.target == "indices" else (f"read {self.target}", itemsize, n_logits),
             *[("write gradient", itemsize, n_logits)] * self.needs_grad,
         ]
@@ -109,12 +103,9 @@ def _shown(options):
     return [short.get(key, key if value is True else f"{key}={value}") for key, value in options.items()]
 
 
-def _loss_case(loss, shape, variant, **fields):
-    """``variant`` holds fields of the case and options of the function."""
-    fields = {"target": loss.target, **fields}
-    fields |= {key: value for key, value in variant.items() if key in LossCase.__dataclass_fields__}
-    options = {key: value for key, value in variant.items() if key not in fields}
-    return LossCase(loss.name, shape, options=options, **fields)
+def _loss_case(loss, shape, dtype, variant, *devices):
+    trait, options = (variant, {}) if isinstance(variant, str) else ("", variant)
+    return LossCase(loss, shape, dtype, trait, options, *devices)
 
 
 def benchmark_cases(device, only="", quick=False):
@@ -127,25 +118,26 @@ def benchmark_cases(device, only="", quick=False):
         if optimizer.label
     ]
     for loss in tables.LOSSES:
-        cases += [_loss_case(loss, shape, variant) for variant, *shapes in loss.timed for shape in shapes]
+        for devices, dtype, variant, *shapes in loss.timed:
+            cases += [_loss_case(loss, shape, dtype, variant, devices) for shape in shapes]
     named = [case for case in cases if device in case.devices and only.lower() in case.name.lower()]
     return [case for case in named if not quick or device == "cuda" or case.bytes_moved <= LONG_BYTES]
 
 
 def sweep_rows(rng=None, dtypes=tuple(DTYPES)):
     """All rows of the sweep; with a ``random.Random`` of shapes that it draws."""
-    shapes = tables.SWEEP_SHAPES if rng is None else _drawn_shapes(rng)
+    all_shapes = tables.SWEEP_SHAPES if rng is None else _drawn_shapes(rng)
     models = tables.SWEEP_MODELS if rng is None else list(_drawn_models(rng))
     for optimizer in tables.OPTIMIZERS:
         label = " ".join([optimizer.name, *_shown(optimizer.options)])
-        for model, tensors in models if optimizer.torch_class else ():
-            yield from (OptimizerCase(optimizer, label, model, tensors, dtype) for dtype in dtypes)
+        for model, shapes in models if optimizer.torch_class else ():
+            yield from (OptimizerCase(optimizer, label, model, shapes, dtype) for dtype in dtypes)
     for loss in tables.LOSSES:
         for variant in loss.variants:
-            _, n_dims = LAYOUTS[variant.get("layout", "contiguous")]
-            for shape in shapes:
+            _, n_dims = LAYOUTS.get(str(variant), LAYOUTS[""])
+            for shape in all_shapes:
                 if len(shape) in n_dims:
-                    yield from (_loss_case(loss, shape, variant, dtype=dtype) for dtype in dtypes)
+                    yield from (_loss_case(loss, shape, dtype, variant) for dtype in dtypes)
 
 
 def _drawn_models(rng):

@@ -59,12 +59,12 @@ def _library(name, module, devices=("cpu", "cuda"), compiles=False, **classes):
 
 
 def _fastopt_loss(case):
-    in_place = dict(inplace_backward=True) if case.is_in_place else {}
-    return functools.partial(getattr(fastopt.functional, case.function), **case.options, **in_place)
+    in_place = dict(inplace_backward=True) if case.trait == "in place" else {}
+    return functools.partial(getattr(fastopt.functional, case.loss.name), **case.options, **in_place)
 
 
 def _only_rows(case, library):
-    if case.function != "cross_entropy" or case.target != "indices" or len(case.shape) != 2:
+    if case.loss.name != "cross_entropy" or case.target != "indices" or len(case.shape) != 2:
         raise NotOffered(f"{library} takes rows of logits and class indices only")
 
 
@@ -79,7 +79,7 @@ def _flash_attn_loss(case):
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     _only_rows(case, "flash-attn")
-    options = dict(case.options, inplace_backward=case.is_in_place)
+    options = dict(case.options, inplace_backward=case.trait == "in place")
     return lambda logits, target: cross_entropy_loss(logits, target, **options)[0].mean()
 
 
@@ -124,10 +124,10 @@ OPTIMIZERS = (
 )
 
 LOSSES = (
-    Provider("torch", lambda case: functools.partial(getattr(F, case.function), **case.options)),
+    Provider("torch", lambda case: functools.partial(getattr(F, case.loss.name), **case.options)),
     Provider(
         "torch compile",
-        lambda case: functools.partial(torch.compile(getattr(F, case.function)), **case.options),
+        lambda case: functools.partial(torch.compile(getattr(F, case.loss.name)), **case.options),
         compiles=True,
     ),
     Provider("fastopt", _fastopt_loss, "fastopt"),

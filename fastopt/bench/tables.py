@@ -13,6 +13,9 @@ import fastopt
 from ..demo.models import MODELS as NETWORKS
 
 LR = 1e-2  # of timed steps
+BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+SMOOTHING = dict(label_smoothing=0.1)
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,21 @@ OPTIMIZERS = (
     Optimizer("AdamW", dict(amsgrad=True, maximize=True)),
 )
 
-CPU, CUDA, BF16 = dict(devices=("cpu",)), dict(devices=("cuda",)), dict(dtype=torch.bfloat16)
-SMOOTHING, PROBABILITIES = dict(label_smoothing=0.1), dict(target="probabilities")
-IN_PLACE, NO_GRADIENT, CHANNELS_LAST = dict(is_in_place=True), dict(needs_grad=False), dict(layout="channels_last")
-
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss of fastopt.functional and torch.nn.functional; dicts hold fields of a ``LossCase`` and options."""
+    """A loss of fastopt.functional and torch.nn.functional. A variant is options, or a trait of :class:`LossCase`."""
 
     name: str
-    target: str = "values"  # of the input's shape, in [0, 1); or "probabilities" of classes; or "indices"
-    # Of the sweep: how rows differ from the first.
-    variants: tuple = ({}, dict(reduction="sum"), NO_GRADIENT)
-    # Of the benchmark: shapes, after how they differ from float32 on both devices.
-    timed: tuple = (({}, (64, 10)), (CPU, (4096, 1000)), (CUDA | BF16, (65536, 1000)))
+    target: str = "values"  # of the input's shape, in [0, 1); or "indices" of classes
+    # Of the sweep.
+    variants: tuple = ({}, dict(reduction="sum"), "no gradient")
+    # Of the benchmark: where, of which dtype, the variant, shapes.
+    timed: tuple = (
+        (BOTH, FLOAT32, {}, (64, 10)),
+        (CPU, FLOAT32, {}, (4096, 1000)),
+        (CUDA, BFLOAT16, {}, (65536, 1000)),
+    )
 
 
 LOSSES = (
@@ -86,30 +89,29 @@ LOSSES = (
         "cross_entropy",
         "indices",
         (
-            *({}, SMOOTHING, dict(reduction="none"), dict(reduction="sum"), dict(has_weight=True)),
-            *(dict(is_half_ignored=True), PROBABILITIES, NO_GRADIENT),
-            *(CHANNELS_LAST, dict(layout="transposed"), dict(layout="rows apart")),
+            *({}, SMOOTHING, dict(reduction="none"), dict(reduction="sum"), "weight", "half ignored", "probabilities"),
+            *("no gradient", "channels_last", "transposed", "rows apart"),
         ),
         (
-            ({}, (64, 10)),
-            (CPU, (1024, 10), (128, 1000), (4096, 1000)),
-            (CPU | BF16, (4096, 1000)),
-            (CPU, (512, 32000)),
-            (CPU | SMOOTHING, (512, 32000)),
-            (CPU | BF16, (512, 32000)),
-            (CPU | PROBABILITIES, (512, 32000)),
-            (CPU | IN_PLACE, (512, 32000)),
-            (CPU | NO_GRADIENT, (512, 32000)),
-            (CPU, (256, 128256)),
-            (CUDA, (65536, 1000)),
-            (CUDA | BF16, (65536, 1000), (8192, 32000)),
-            (CUDA | BF16 | SMOOTHING, (8192, 32000)),
-            (CUDA | BF16 | IN_PLACE, (8192, 32000)),
-            (CUDA | BF16 | NO_GRADIENT, (8192, 32000)),
+            (BOTH, FLOAT32, {}, (64, 10)),
+            (CPU, FLOAT32, {}, (1024, 10), (128, 1000), (4096, 1000)),
+            (CPU, BFLOAT16, {}, (4096, 1000)),
+            (CPU, FLOAT32, {}, (512, 32000)),
+            (CPU, FLOAT32, SMOOTHING, (512, 32000)),
+            (CPU, BFLOAT16, {}, (512, 32000)),
+            (CPU, FLOAT32, "probabilities", (512, 32000)),
+            (CPU, FLOAT32, "in place", (512, 32000)),
+            (CPU, FLOAT32, "no gradient", (512, 32000)),
+            (CPU, FLOAT32, {}, (256, 128256)),
+            (CUDA, FLOAT32, {}, (65536, 1000)),
+            (CUDA, BFLOAT16, {}, (65536, 1000), (8192, 32000)),
+            (CUDA, BFLOAT16, SMOOTHING, (8192, 32000)),
+            (CUDA, BFLOAT16, "in place", (8192, 32000)),
+            (CUDA, BFLOAT16, "no gradient", (8192, 32000)),
             # Rows that start at odd addresses, many classes, and fewer rows than multiprocessors.
-            (CUDA | BF16, (8192, 50257), (8192, 128256), (16, 128256)),
-            ({}, (8, 21, 256, 256)),
-            (CHANNELS_LAST, (8, 21, 256, 256)),
+            (CUDA, BFLOAT16, {}, (8192, 50257), (8192, 128256), (16, 128256)),
+            (BOTH, FLOAT32, {}, (8, 21, 256, 256)),
+            (BOTH, FLOAT32, "channels_last", (8, 21, 256, 256)),
         ),
     ),
 )

@@ -99,31 +99,31 @@ class LossWork:
     def __init__(self, case, device):
         self.case, self.device = case, device
         random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
-        self.logits = LAYOUTS[case.layout][0](torch.randn(case.shape, **random).to(case.dtype))
+        self.logits = LAYOUTS.get(case.trait, LAYOUTS[""])[0](torch.randn(case.shape, **random).to(case.dtype))
         if case.target == "indices":
             self.target = torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), **random)
-            if case.is_half_ignored:
+            if case.trait == "half ignored":
                 self.target.view(-1)[::2] = -100
         else:
             self.target = torch.rand(case.shape, **random)
             if case.target == "probabilities":
                 self.target /= self.target.sum(1, keepdim=True)
             self.target = self.target.to(case.dtype)
-        self.tensors = {"weight": torch.rand(case.shape[1], **random).to(case.dtype)} if case.has_weight else {}
+        self.tensors = {"weight": torch.rand(case.shape[1], **random).to(case.dtype)} if case.trait == "weight" else {}
         self.bytes_each = 5 * self.logits.nbytes
 
     def start(self, provider):
-        case, target, losses = self.case, self.target, []
+        case, target, losses, is_in_place = self.case, self.target, [], self.case.trait == "in place"
         function = functools.partial(provider.make(case), **self.tensors)
-        is_overwritten = provider.writes_logits or case.is_in_place
+        is_overwritten = provider.writes_logits or is_in_place
         leaf = self.logits.clone() if is_overwritten else self.logits.detach()
         ones = torch.ones_like(function(leaf, target)) if case.options.get("reduction") == "none" else None
-        leaf.requires_grad_(case.needs_grad and not case.is_in_place)
+        leaf.requires_grad_(case.needs_grad and not is_in_place)
         seed = torch.zeros((), device=leaf.device, requires_grad=True)
 
         def call():
             leaf.grad = None
-            loss = function(_Logits.apply(seed, leaf) if case.is_in_place else leaf, target)
+            loss = function(_Logits.apply(seed, leaf) if is_in_place else leaf, target)
             if case.needs_grad:
                 loss.backward(ones)
             losses[:] = [loss]
@@ -146,7 +146,7 @@ class LossWork:
 
         def loss_of(rows, its_target):
             its_target = its_target if has_indices else its_target.double()
-            return getattr(F, case.function)(rows, its_target, **options) / n_averaged
+            return getattr(F, case.loss.name)(rows, its_target, **options) / n_averaged
 
         n_rows = max(1, N_AT_ONCE // case.shape[1])
         pairs = zip(logits.split(n_rows), target.split(n_rows), strict=True)
