@@ -39,7 +39,7 @@ class OptimizerCase(Case):
     model: str
     shapes: tuple = field(repr=False)
     dtype: torch.dtype = torch.float32
-    devices: tuple = ("cpu", "cuda")
+    devices: tuple = tables.BOTH
     kind = "optimizer"
 
     @property
@@ -68,7 +68,7 @@ class LossCase(Case):
     dtype: torch.dtype = torch.float32
     trait: str = ""  # a layout, or another that the name shows
     options: dict = field(default_factory=dict)
-    devices: tuple = ("cpu", "cuda")
+    devices: tuple = tables.BOTH
     kind = "loss"
 
     @property
@@ -113,7 +113,7 @@ def benchmark_cases(device, only="", quick=False):
     cases = [
         OptimizerCase(optimizer, optimizer.label, model, shapes, dtype, devices)
         for model, shapes, has_bf16 in tables.MODELS
-        for dtype, devices in ((torch.float32, ("cpu", "cuda")), (torch.bfloat16, ("cuda",)))[: 1 + has_bf16]
+        for dtype, devices in ((torch.float32, tables.BOTH), (torch.bfloat16, tables.CUDA))[: 1 + has_bf16]
         for optimizer in tables.OPTIMIZERS
         if optimizer.label
     ]

@@ -26,7 +26,7 @@ class Optimizer:
     options: dict = field(default_factory=dict)
     label: str = ""
     demo_lr: float | None = None  # the demo trains those that have one, by their label in lower case
-    timed_options: dict = field(default_factory=dict)  # further ones where it is timed, of which names do not speak
+    timed_options: dict = field(default_factory=dict)  # further ones where it is timed; names do not show them
     plain_torch: type | None = None  # in the place of torch's class where torch.optim has none of that name
 
     @property
@@ -36,7 +36,7 @@ class Optimizer:
 
     @property
     def reference_class(self):
-        """Of which results are expected: torch's, or fastopt's own, then of another dtype."""
+        """Results are compared with this one's: torch's class, or fastopt's own, then in float64."""
         return self.torch_class or getattr(fastopt, self.name)
 
     def timed(self, cls, params, **more):
