@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything there is to know about a machine with a GPU, in ten minutes and without a network: builds both libraries,
+# Tests and measures fastopt on a machine with a GPU, in ten minutes and without a network: builds both libraries,
 # runs the tests of the CUDA kernels, plain and under compute-sanitizer, and the benchmark.
 #
 #     benchmarks/gpu.sh [FOLDER]    default: benchmarks/results/<date>-<gpu>
@@ -35,12 +35,12 @@ stage() {
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee "$folder/$name.log" | tail -n 40
   status=${PIPESTATUS[0]}
   case $status in
-    0) told="ok" ;;
-    5) told="no such tests" ;;  # pytest's status
-    124 | 137) told="STOPPED after $limit s" ;;
-    *) told="FAILED with $status" ;;
+    0) result="ok" ;;
+    5) result="no such tests" ;;  # pytest's status
+    124 | 137) result="STOPPED after $limit s" ;;
+    *) result="FAILED with $status" ;;
   esac
-  summary+=("$name: $told, $((SECONDS - start)) s")
+  summary+=("$name: $result, $((SECONDS - start)) s")
   return "$status"
 }
 
@@ -56,7 +56,7 @@ stage build 240 "$python" -m fastopt build
 stage info 60 "$python" -m fastopt info
 stage tests 150 "$python" -m pytest -m cuda -q "${test_options[@]}"
 
-# Only our kernels, few tests: a sanitizer slows what it watches a hundredfold.
+# Only our kernels, few tests: a sanitizer makes code a hundred times slower.
 read -ra sanitized <<<"${SANITIZED_TESTS:-tests/test_cuda_sanitizer.py}"
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
@@ -68,7 +68,7 @@ for tool in memcheck racecheck; do
 done
 
 stage bench 600 "$python" -m fastopt bench --device cuda --quick --compile loss --json "$folder/bench.json" --timeout 90
-if [[ -s $folder/bench.json ]]; then  # what was done, if not all was
+if [[ -s $folder/bench.json ]]; then  # of the cases that were run, if not all were
   deadline=$((deadline + 15))
   stage picture 15 "$python" -m fastopt bench table "$folder/bench.json" --png "$folder/bench.png"
   "$python" -m fastopt bench table "$folder/bench.json" >"$folder/bench.md"

@@ -1,10 +1,10 @@
-"""Counts instructions of small fixed work under valgrind, a check of speed that a busy machine cannot fool.
+"""Counts instructions of small fixed work under valgrind, a check of speed that holds on a busy machine.
 
     python benchmarks/instructions.py [--update] [--tolerance 0.15]
 
 Fails with 1 if a workload takes over 15 % more instructions a call than ``instructions.json`` holds for the same torch,
-Python and compiler; with others there is nothing to compare, which is said. One thread runs in one valgrind process:
-each workload a few times, then many times, and the difference is counted, so that what happens once cancels.
+Python and compiler; with others it prints that there is nothing to compare. One thread runs in one valgrind process:
+each workload a few times, then many times, and the difference is counted, so that one-time work cancels.
 
 valgrind (to 3.25 at least) hides AVX-512 from cpuid, so the AVX2 clones of the kernels run and are counted.
 """
@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 
 import fastopt
+from fastopt.bench.tables import LENET
 
 RECORDED = Path(__file__).with_name("instructions.json")
 N_WARM, N_FEW, N_MANY = 20, 10, 60
-LENET = [(6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,)]
 
 # Callgrind's requests are instruction sequences that do nothing elsewhere; its header has them for C only.
 HELPER = """
@@ -114,7 +114,7 @@ def count(folder):
 
 
 def read_dump(file):
-    """(what the dump is of, {"all": n, "library": n}) of one of callgrind's files."""
+    """(name of the dump, {"all": n, "library": n}) of one of callgrind's files."""
     objects, current, is_call, name = {}, "", False, ""
     instructions = {"all": 0, "library": 0}
     for line in file.read_text().splitlines():
@@ -138,7 +138,7 @@ def read_dump(file):
 
 
 def missing():
-    """What this machine lacks for the check, or None."""
+    """The tool that the check needs and this machine lacks, or None."""
     for tool in ("valgrind", "cc"):
         if not shutil.which(tool):
             return f"no {tool}"
@@ -147,7 +147,7 @@ def missing():
 
 
 def setting(instruction_set):
-    """What the counts depend on beside the code."""
+    """The versions that the counts depend on."""
     compiler = re.sub(r"^\S*/", "", fastopt.info()["compiler"])
     python = ".".join(platform.python_version_tuple()[:2])
     return f"torch {torch.__version__}, Python {python}, {compiler}, {instruction_set}"
@@ -178,8 +178,8 @@ def main():
         for part, n in parts.items():
             change = n / before[name][part] - 1 if name in before else None
             is_slower |= change is not None and change > args.tolerance
-            told = "not recorded" if change is None else f"{change:+.1%}{' MORE' * (change > args.tolerance)}"
-            print(f"{name:<32} {part:<8} {n:>9,}  {told}")
+            change_text = "not recorded" if change is None else f"{change:+.1%}{' MORE' * (change > args.tolerance)}"
+            print(f"{name:<32} {part:<8} {n:>9,}  {change_text}")
     if args.update:
         recorded[where] = counts
         RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")

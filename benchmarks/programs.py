@@ -3,7 +3,7 @@
     python benchmarks/programs.py [NAME...] [--seconds 8] [--threads N] [--readme docs/benchmarks.md]
 
 Both train copies of one model on one batch with torch's defaults. The losses of the first steps must agree; then each
-part of a step is timed. Exits with 1 if losses disagree. What needs transformers is not run where it is missing.
+part of a step is timed. Exits with 1 if losses disagree. Programs that need transformers are not run without it.
 """
 
 import argparse

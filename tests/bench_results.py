@@ -1,4 +1,4 @@
-"""Results of a benchmark that was never run, for the tests of what is made of them."""
+"""Invented results of a benchmark, for the tests of reports and comparisons."""
 
 from fastopt.bench import report
 
@@ -31,10 +31,10 @@ def result(name, ours_us=2.0, copy_us=5.0, torch_us=6.0, **ours):
     return {**whole, "copy": entry("copy", copy_us), "providers": found}
 
 
-def told(*results, device="cpu", **others):
+def reported(*results, device="cpu", **others):
     machine = {
         "gpu": None,
-        "processor": "abacus",
+        "processor": "some processor",
         "threads": 2,
         "torch": "2.13.0",
         "python": "3.12.0",

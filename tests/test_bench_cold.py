@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench_results import entry, told
+from bench_results import entry, reported
 from fastopt.__main__ import main
-from fastopt.bench import machine, measure, providers, report, worker
+from fastopt.bench import machine, measure, providers, report, tables, worker
 from fastopt.bench.cases import LossCase
 
 
@@ -30,14 +30,6 @@ def test_cold_clock_overwrites_the_caches_before_each_call_and_does_not_time_it(
     assert happened == ["overwritten", "clock", "call", "clock"]
 
 
-def test_a_turn_of_the_cold_clock_is_one_call_and_is_planned_with_its_overwriting(monkeypatch):
-    clock = object.__new__(measure.ColdClock)
-    now = iter((0.0, 2.0, 2.5, 2.5))
-    clock._flush = Flush()
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(now))
-    assert clock.plan(lambda: None) == (1, 2.5)
-
-
 @pytest.mark.parametrize(("cache_bytes", "n_free", "n_bytes"), [(4096, 2**30, 5120), (None, 2**30, 2**26 * 5 // 4)])
 def test_array_that_is_written_is_larger_than_the_last_cache(cache_bytes, n_free, n_bytes, monkeypatch):
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: cache_bytes)
@@ -54,7 +46,7 @@ def test_array_that_is_written_takes_a_quarter_of_the_free_memory_at_most(monkey
 @pytest.mark.parametrize(
     ("sizes", "n_bytes"), [(("48K", "2048K", "491520K"), 491520 * 1024), ((), None), (("much",), None)]
 )
-def test_last_cache_is_the_largest_that_the_system_tells_of(sizes, n_bytes, tmp_path, monkeypatch):
+def test_last_cache_is_the_largest_that_the_system_reports(sizes, n_bytes, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_CPU", tmp_path)
     for index, size in enumerate(sizes):
         folder = tmp_path / "cache" / f"index{index}"
@@ -67,8 +59,8 @@ def test_last_cache_is_the_largest_that_the_system_tells_of(sizes, n_bytes, tmp_
 @pytest.mark.parametrize("is_cold", [False, True])
 def test_cold_calls_are_timed_for_every_provider_and_the_copy_if_asked_for(is_cold, small_caches, monkeypatch):
     monkeypatch.setattr(measure, "STRETCH_S", 1e-4)
-    case, offered = LossCase((7, 10)), [provider for provider in providers.LOSSES if not provider.compiles][:2]
-    entries, _ = worker.times(case, "cpu", offered, n_rounds=3, is_cold=is_cold)
+    case, offered = LossCase(tables.LOSSES[0], (7, 10)), [p for p in providers.LOSSES if not p.compiles][:2]
+    entries, _ = worker.times(case, worker.Settings(n_rounds=3, is_cold=is_cold), offered)
     assert list(entries) == ["torch", "fastopt", "copy"]
     for its in entries.values():
         assert ("cold_median_us" in its) == is_cold
@@ -91,16 +83,16 @@ def test_cold_times_are_in_the_summary_the_lines_and_the_table(tmp_path):
     assert (summary["ratio"], summary["torch_cold_us"], summary["ratio_cold"]) == (3.0, 30.0, 1.5)
     at = report.COLUMNS.index("cold_us") + len("cold_us") + 2
     assert [line[:at].split()[-1] for line in list(report.lines(cold_result()))[1:]] == ["12.0", "30.0", "40.0", "20.0"]
-    table = report.markdown(told(cold_result(), {**cold_result("hot only"), "providers": [entry("fastopt", 2.0)]}))
+    table = report.markdown(reported(cold_result(), {**cold_result("hot only"), "providers": [entry("fastopt", 2.0)]}))
     assert "| ratio | cold | to compile |" in table
     assert "| **3.00x** | **1.50x** (30.0, 20.0) | - |" in table
     assert "| hot only | - | 2.0 | 2.0-2.0 | - | - | - |" in table
-    report.write_json(tmp_path / "run.json", told(cold_result()))
+    report.write_json(tmp_path / "run.json", reported(cold_result()))
     assert report.read_json(tmp_path / "run.json")["results"][0]["ratio_cold"] == 1.5
 
 
 def test_table_of_a_run_without_cold_calls_has_no_such_column():
-    run = told({**cold_result(), "providers": [entry("torch", 6.0), entry("fastopt", 2.0)]})
+    run = reported({**cold_result(), "providers": [entry("torch", 6.0), entry("fastopt", 2.0)]})
     assert "| ratio | to compile |" in report.markdown(run)
     for key in ("torch_cold_us", "ratio_cold"):  # as a run of before they were timed
         del run["results"][0][key]

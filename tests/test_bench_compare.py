@@ -1,8 +1,8 @@
-"""``python -m fastopt bench compare``: what counts as slower, what as lost, and what is said beside it."""
+"""``python -m fastopt bench compare``: cases that count as slower or lost, and the notes beside them."""
 
 import pytest
 
-from bench_results import result, told
+from bench_results import reported, result
 from fastopt.__main__ import main
 from fastopt.bench import compare, report
 
@@ -25,7 +25,7 @@ def without_torch(name, ours_us, copy_us=5.0):
 
 FIRST = result("work", 2.0)
 STEADY = [result(f"steady {index}") for index in range(40)]  # which hold the mean
-# What the second run found, options, the exit status, and the line about it.
+# The result of the second run, options, the exit status, and the line printed.
 ROWS = {
     "the same": (result("work", 2.0), [], 0, "1.00 1.00 1.00"),
     "flagged": (result("work", 2.3), [], 0, "1.15 1.15 1.00  slower"),
@@ -56,15 +56,15 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("second", "options", "status", "line"), ROWS.values(), ids=ROWS)
-def test_a_case_is_judged_beside_torch_of_its_own_run(second, options, status, line, tmp_path, capsys):
-    assert compared(told(FIRST, *STEADY), told(second, *STEADY), tmp_path, *options) == status
+def test_case_is_compared_with_torch_of_the_same_run(second, options, status, line, tmp_path, capsys):
+    assert compared(reported(FIRST, *STEADY), reported(second, *STEADY), tmp_path, *options) == status
     relative, ours, torch, *notes = line.split(maxsplit=3)
     expected = "  ".join([f"work            {relative:>8}  {ours:>7}  {torch:>7}", *notes])
     assert expected in capsys.readouterr().out.splitlines()
 
 
 def cases(n_cases, **times):
-    return told(*(result(f"case {index}", **times) for index in range(n_cases)))
+    return reported(*(result(f"case {index}", **times) for index in range(n_cases)))
 
 
 # Number of cases, their times in the second run, options, exit status.
@@ -83,35 +83,36 @@ MEANS = [
 
 
 @pytest.mark.parametrize(("n_cases", "second", "options", "status"), MEANS)
-def test_the_mean_of_all_cases_is_held_closer_than_each(n_cases, second, options, status, tmp_path, capsys):
+def test_mean_of_all_cases_has_a_smaller_tolerance(n_cases, second, options, status, tmp_path, capsys):
     assert compared(cases(n_cases), cases(n_cases, **second), tmp_path, *options) == status
     assert ("slower in the mean: 1." in capsys.readouterr().out) == (status == 1)
 
 
 def test_case_that_was_never_timed_or_is_new_is_no_failure(tmp_path, capsys):
     broken = result("work", status="not run", reason="none")
-    assert compared(told(broken, FIRST | {"name": "other"}), told(FIRST, FIRST | {"name": "other"}), tmp_path) == 0
+    other = FIRST | {"name": "other"}
+    assert compared(reported(broken, other), reported(FIRST, other), tmp_path) == 0
     assert "never timed" in capsys.readouterr().out
-    assert compared(told(FIRST), told(FIRST, FIRST | {"name": "other"}), tmp_path) == 0
+    assert compared(reported(FIRST), reported(FIRST, other), tmp_path) == 0
     assert "only in the second" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("torch_us", "share"), [(9.0, "1.50"), (4.0, "0.67"), (6.5, None)])
-def test_other_times_of_torch_itself_are_said(torch_us, share, tmp_path, capsys):
-    compared(told(FIRST), told(result("work", 2.0, torch_us=torch_us)), tmp_path)
+def test_changes_of_torchs_own_times_are_reported(torch_us, share, tmp_path, capsys):
+    compared(reported(FIRST), reported(result("work", 2.0, torch_us=torch_us)), tmp_path)
     out = capsys.readouterr().out
     assert (f"torch's own times are {share} of the first run's" in out) == (share is not None)
     assert ("torch's own times" in out) == (share is not None)
 
 
-def test_other_machines_are_said(tmp_path, capsys):
-    second = told(
-        FIRST, threads=4, processor="slide rule", gpu={"name": "difference engine", "driver": 1}, torch="2.14.0"
+def test_differences_between_machines_are_reported(tmp_path, capsys):
+    second = reported(
+        FIRST, threads=4, processor="another processor", gpu={"name": "some GPU", "driver": 1}, torch="2.14.0"
     )
-    assert compared(told(FIRST), second, tmp_path) == 0
+    assert compared(reported(FIRST), second, tmp_path) == 0
     assert capsys.readouterr().out.splitlines()[:4] == [
-        "processor: abacus in the first run, slide rule in the second",
-        "GPU: None in the first run, difference engine in the second",
+        "processor: some processor in the first run, another processor in the second",
+        "GPU: None in the first run, some GPU in the second",
         "threads: 2 in the first run, 4 in the second",
         "torch: 2.13.0 in the first run, 2.14.0 in the second",
     ]
@@ -120,10 +121,10 @@ def test_other_machines_are_said(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
-        (told(FIRST), told(FIRST, device="cuda"), "both runs must be of one device, got cpu and cuda"),
+        (reported(FIRST), reported(FIRST, device="cuda"), "both runs must be of one device, got cpu and cuda"),
         (
-            told(result("work", status="wrong", reason="differs")),
-            told(FIRST),
+            reported(result("work", status="wrong", reason="differs")),
+            reported(FIRST),
             "the first run must have a case in which fastopt was timed, got none",
         ),
     ],
@@ -137,9 +138,11 @@ def test_runs_that_cannot_be_compared_are_bad_input(first, second, message, tmp_
 
 def test_times_alone_are_compared_where_nothing_else_was_timed():
     """A benchmark writes a copy with every time; another program may not."""
-    first, second = (told(without_torch("work", us)) for us in (2.0, 3.0))
+    first, second = (reported(without_torch("work", us)) for us in (2.0, 3.0))
     for run in (first, second):
         run["results"][0]["copy"] = None
     (change,) = compare.changes(first, second)
     assert (change.relative, change.note) == (1.5, "by its time alone: neither torch nor the copy was timed")
-    assert compare.Comparison((change,)).slower == ["work"]
+    lines, is_no_slower = compare.judge([change])
+    assert "slower by more than 25% beside torch: work" in lines
+    assert not is_no_slower

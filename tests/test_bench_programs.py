@@ -29,7 +29,7 @@ def one_step(programs, monkeypatch):
     monkeypatch.setattr(programs, "MIN_STEPS", 2)
 
 
-def test_fastopt_trains_with_its_own_classes_and_torchs_where_it_has_none(programs, monkeypatch):
+def test_library_finds_fastopts_names_before_torchs(programs, monkeypatch):
     assert programs.FASTOPT.AdamW is fastopt.AdamW
     assert programs.FASTOPT.cross_entropy is fastopt.functional.cross_entropy
     assert programs.TORCH.AdamW is torch.optim.AdamW
@@ -98,7 +98,7 @@ def test_losses_that_disagree_are_status_1(programs, one_step, monkeypatch, caps
     assert "| tabular MLP, batch of 128 | wrong: the loss must be torch's, " in capsys.readouterr().out
 
 
-def test_what_needs_transformers_is_told_where_it_is_missing(programs, monkeypatch, capsys):
+def test_program_without_transformers_is_reported_as_not_run(programs, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert programs.main(["GPT-2", "Llama", "--seconds", "0"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
@@ -110,7 +110,7 @@ def test_what_needs_transformers_is_told_where_it_is_missing(programs, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["abacus"], "argument NAME: must be part of a program's name, got ['abacus']"),
+        (["unknown"], "argument NAME: must be part of a program's name, got ['unknown']"),
         (["--threads", "0"], "argument --threads: must be >= 1, got 0"),
         (["--seconds", "-1"], "argument --seconds: must be >= 0 and finite, got -1"),
         (["--readme", "absent"], "argument --readme: absent: "),
@@ -125,8 +125,8 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, programs,
     assert message in capsys.readouterr().err
 
 
-def test_the_page_of_benchmarks_holds_the_places_of_both_tables(programs):
-    readme = FILE.parents[1] / "docs/benchmarks.md"
-    text = readme.read_text(encoding="utf-8")
+def test_page_of_benchmarks_contains_the_markers_of_both_tables(programs):
+    page = FILE.parents[1] / "docs/benchmarks.md"
+    text = page.read_text(encoding="utf-8")
     for markers in (programs.MARKERS, programs.report.MARKERS):
         assert "new" in programs.report.rewrite_between_markers(text, "new", markers)

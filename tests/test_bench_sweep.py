@@ -1,4 +1,4 @@
-"""``python -m fastopt bench sweep``: its rows, what is judged slow, and its exit status."""
+"""``python -m fastopt bench sweep``: its rows, the rows that count as slow, and its exit status."""
 
 import random
 import time
@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 import fastopt
 from fastopt.__main__ import main
-from fastopt.bench import rows, sweep
+from fastopt.bench import cases, providers, sweep, tables
 from fastopt.bench.sweep import Times
 
 # Rows.
 
-EVERY = list(rows.rows())
+EVERY = list(cases.sweep_rows())
 NAMES = [row.name for row in EVERY]
 
 
@@ -29,17 +29,14 @@ def test_every_optimizer_and_loss_of_fastopt_has_rows_in_every_dtype():
     }
     ours = {name for name, value in functions.items() if value.__module__.startswith("fastopt")}
     assert ours >= {"cross_entropy"}
-    assert {row.function for row in EVERY if isinstance(row, rows.LossRow)} == ours
-    steps = {row.optimizer for row in EVERY if isinstance(row, rows.OptimizerRow)}
-    assert steps == {name for name in fastopt.optim.__all__ if hasattr(torch.optim, name)}
-    for name in (*steps, *ours):
-        kinds = {
-            row.dtype for row in EVERY if name in (getattr(row, "optimizer", None), getattr(row, "function", None))
-        }
-        assert kinds == set(rows.DTYPES)
+    dtypes = {}
+    for row in EVERY:
+        name = (row.loss if row.kind == "loss" else row.optimizer).name
+        dtypes.setdefault(name, set()).add(row.dtype)
+    assert dtypes == dict.fromkeys([*ours, *fastopt.optim.__all__], set(cases.DTYPES))
 
 
-def test_rows_have_names_of_their_own():
+def test_row_names_are_unique():
     assert len(set(NAMES)) == len(NAMES)
     assert "cross-entropy 64 x 10 f16, half ignored" in NAMES
     assert "Adam amsgrad: LeNet, 44 k f64" in NAMES
@@ -63,25 +60,36 @@ def test_bytes_of_a_row_are_those_worked_out_by_hand(name, n_bytes):
 
 
 def test_a_new_loss_is_one_row(monkeypatch):
-    monkeypatch.setattr(rows, "LOSSES", (("l1_loss", (dict(target="values"), dict(target="values", reduction="sum"))),))
-    assert not any(isinstance(row, rows.LossRow) for row in rows.rows())  # fastopt has none
+    monkeypatch.setattr(tables, "LOSSES", (tables.Loss("l1_loss", variants=({}, dict(reduction="sum"))),))
     monkeypatch.setattr(fastopt.functional, "l1_loss", F.l1_loss, raising=False)
-    found = [row for row in rows.rows() if isinstance(row, rows.LossRow)]
-    assert len(found) == 2 * len(rows.SHAPES) * len(rows.DTYPES)
+    found = [row for row in cases.sweep_rows() if row.kind == "loss"]
+    assert len(found) == 2 * len(tables.SWEEP_SHAPES) * len(cases.DTYPES)
     assert found[0].name == "l1-loss 1 x 10"
     assert found[-1].name == "l1-loss 2 x 19 x 256 x 256 f16, reduction=sum"
     assert found[0].bytes_moved == 3 * 40
-    for call in found[0].calls().values():
+    for call in sweep.calls_of(found[0]).values():
         call()
+
+
+def test_optimizer_with_nothing_in_torch_beside_it_has_no_row(monkeypatch):
+    monkeypatch.setattr(tables, "OPTIMIZERS", (tables.Optimizer("Lion"),))
+    assert not [row for row in cases.sweep_rows() if row.kind == "optimizer"]
 
 
 def test_drawn_rows_are_those_of_their_seed():
     def names(seed):
-        return [row.name for row in rows.rows(random.Random(seed), (torch.float32,))]
+        return [row.name for row in cases.sweep_rows(random.Random(seed), (torch.float32,))]
 
     assert names(1) == names(1)
     assert not set(names(1)) & set(names(2))
-    assert max(row.bytes_moved for row in rows.rows(random.Random(3))) < 1e9
+    assert max(row.bytes_moved for row in cases.sweep_rows(random.Random(3))) < 1e9
+
+
+def test_drawn_rows_are_of_every_optimizer_and_loss():
+    def prefixes(names):
+        return {name.split(":")[0].split(" ")[0] for name in names}
+
+    assert prefixes(row.name for row in cases.sweep_rows(random.Random(1))) == prefixes(NAMES)
 
 
 SMALL = ("one of 10", "1 x 10", "16 x 10 x 2", "64 x 2")
@@ -91,14 +99,14 @@ SMALL = ("one of 10", "1 x 10", "16 x 10 x 2", "64 x 2")
     "row", [row for row in EVERY if any(size in row.name for size in SMALL)], ids=lambda row: row.name
 )
 def test_calls_of_a_row_work_and_differ_by_their_provider(row):
-    calls = row.calls()
+    calls = sweep.calls_of(row)
     assert "fastopt" in calls
     assert "torch for-loop" in calls or "torch" in calls
     for call in calls.values():
         call()
 
 
-def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
+def test_losses_get_the_layout_and_options_of_their_row(monkeypatch):
     seen = []
 
     def spy(inputs, target, **options):
@@ -108,9 +116,9 @@ def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
     monkeypatch.setattr(F, "cross_entropy", torch.nn.functional.cross_entropy)
     monkeypatch.setattr(fastopt.functional, "cross_entropy", spy)
     for name in ("transposed", "rows apart", "probabilities", "weight", "no gradient", "reduction=none"):
-        row_of(f"cross-entropy 64 x 10, {name}").calls()
-    row_of("cross-entropy 4 x 21 x 64 x 64, channels last").calls()
-    assert seen == [
+        sweep.calls_of(row_of(f"cross-entropy 64 x 10, {name}"))
+    sweep.calls_of(row_of("cross-entropy 4 x 21 x 64 x 64, channels_last"))
+    assert [call for call in seen if call != ((10, 1), (64,), False, ["reduction"])] == [
         ((1, 64), (64,), True, []),
         ((20, 1), (64,), True, []),
         ((10, 1), (64, 10), True, []),
@@ -122,20 +130,21 @@ def test_losses_of_both_get_the_layout_and_options_of_their_row(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_a_step_that_leaves_parameters_as_they_are_is_no_candidate(share, monkeypatch):
+def test_step_that_changes_few_parameters_is_not_timed(share, monkeypatch):
     """torch 2.13's fused SGD updates a few elements of 16-bit tensors."""
-    loop = rows.OPTIMIZERS[0]
+    loop = providers.OPTIMIZERS[0]
 
     def partly(case, params):
         n = round(share * params[0].numel())
         return lambda: params[0].data.view(-1)[:n].add_(1)
 
-    monkeypatch.setattr(rows, "OPTIMIZERS", (loop, type(loop)("torch partly", partly)))
-    row = rows.OptimizerRow("SGD", "SGD", dict(lr=0.1), "param grad -> param", "small", ((10, 10),))
-    assert list(row.calls()) == ["torch for-loop"] + ["torch partly"] * (share == 1)
+    ours = providers.Provider("fastopt", loop.make, "fastopt")
+    monkeypatch.setattr(providers, "OPTIMIZERS", (loop, providers.Provider("torch partly", partly), ours))
+    row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD", "small", ((10, 10),))
+    assert list(sweep.calls_of(row)) == ["torch for-loop", *["torch partly"] * (share == 1), "fastopt"]
 
 
-# What is slow, and how it is told.
+# Slow rows, and how they are reported.
 
 
 @pytest.mark.parametrize(
@@ -173,6 +182,7 @@ SLOW, ONCE_SLOW, FAST = 4e-3, (4e-3, 1e-5), 1e-5
 
 @pytest.fixture
 def short_repeats(monkeypatch):
+    monkeypatch.setattr(sweep, "calls_of", lambda row: row.calls())
     monkeypatch.setattr(sweep, "MAX_ROW_S", 0.02)
     monkeypatch.setattr(sweep, "AGAIN_S", 0.02)
     monkeypatch.setattr(sweep, "N_ROUNDS_AGAIN", 3)
@@ -189,7 +199,7 @@ def two_threads():
 @pytest.mark.timed
 def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("slow", (SLOW,)), Row("once slow", ONCE_SLOW), Row("fast", (FAST,))]
-    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "sweep", "--seconds", "9", "--threads", "1"]) == 1
     assert torch.get_num_threads() == 2
     slower, summary = capsys.readouterr().out.splitlines()
@@ -205,7 +215,7 @@ def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, tw
 @pytest.mark.timed
 def test_nothing_slow_is_success_on_all_threads_and_on_one(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("a fast one", (FAST,)), Row("another", (FAST,)), Row("other", (FAST,), 10**9)]
-    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "--quick", "sweep", "--seconds", "0.1", "--only", "OTHER"]) == 0
     (summary,) = capsys.readouterr().out.splitlines()
     assert summary.startswith("2 of 2 rows at least as fast as torch; worst ")
@@ -216,14 +226,14 @@ def test_a_row_is_chosen_by_its_name_as_it_is_printed(two_threads, monkeypatch):
     chosen = []
     monkeypatch.setattr(sweep, "_sweep", lambda pairs, seconds: chosen.extend(pairs) or 0)
     table = [Row("a", (FAST,)), Row("another", (FAST,))]
-    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "sweep", "--only", "another, 2 threads"]) == 0
-    assert chosen == [(table[1], 2)]
+    assert chosen == [("another, 2 threads", table[1], 2)]
 
 
 def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_repeats, monkeypatch, capsys):
     table = [Row(f"row {index}", (FAST,)) for index in range(50)]
-    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "sweep", "--seconds", "0", "--threads", "1"]) == 0
     assert "1 of 1 rows at least as fast as torch, 49 not reached in 0 s; worst" in capsys.readouterr().out
     for seed in range(5):
@@ -231,13 +241,13 @@ def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_re
     assert sum(bool(row.made) for row in table) > 2
 
 
-def test_a_row_that_raises_is_told_and_is_status_3(short_repeats, monkeypatch, capsys):
+def test_row_that_raises_is_reported_with_status_3(short_repeats, monkeypatch, capsys):
     def fail():
         raise RuntimeError("no kernel")
 
     table = [Row("fast", (FAST,)), Row("broken", ())]
     table[1].calls = fail
-    monkeypatch.setattr(sweep.rows, "rows", lambda rng: table)
+    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
     assert main(["bench", "sweep", "--seconds", "0.1", "--threads", "1"]) == 3
     out = capsys.readouterr().out
     assert "NOT RUN broken, 1 thread: RuntimeError: no kernel" in out
@@ -259,7 +269,7 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_help_and_list_say_the_bar_and_the_bytes(capsys):
+def test_help_states_the_threshold_and_list_the_bytes(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "sweep", "--help"])
     assert "torch's time / 0.95, and over 2 us more" in " ".join(capsys.readouterr().out.split())

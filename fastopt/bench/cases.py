@@ -1,208 +1,162 @@
-"""The tables of what is timed, and the bytes that each case must move."""
+"""Cases of the benchmark and rows of the sweep: their names, and the bytes that each must move."""
 
-import inspect
 from dataclasses import dataclass, field
 from math import prod
 
 import torch
 
-from .. import functional
+from . import tables
 
-INDEX_BYTES = 8  # of an int64 target
+DTYPES = {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}  # in names
+LAYOUTS = {  # with the numbers of dimensions that have them
+    "": (lambda values: values, (2, 3, 4)),
+    "channels_last": (lambda values: values.movedim(1, -1).contiguous().movedim(-1, 1), (3, 4)),
+    "transposed": (lambda values: values.transpose(0, 1).contiguous().transpose(0, 1), (2,)),
+    "rows apart": (lambda values: values.repeat_interleave(2, 0)[::2], (2,)),
+}
+LONG_BYTES = 2e8  # cases that move more take seconds on a CPU
+
+
+class Case:
+    """``terms``: of the work, each as a text and the bytes that it moves."""
+
+    @property
+    def bytes_moved(self):
+        return sum(n_bytes for _, n_bytes in self.terms)
+
+    @property
+    def working(self):
+        """The sum behind ``bytes_moved``."""
+        return f"{' + '.join(text for text, _ in self.terms)} = {self.bytes_moved:,} B"
 
 
 @dataclass(frozen=True)
-class OptimizerCase:
+class OptimizerCase(Case):
     """One step over the tensors of a model whose gradients are there."""
 
+    optimizer: tables.Optimizer
     label: str
-    optimizer: str
-    options: dict
-    moves: str  # arrays read -> arrays written, each of the parameters' size and dtype
     model: str
     shapes: tuple = field(repr=False)
     dtype: torch.dtype = torch.float32
-    devices: tuple = ("cpu", "cuda")
+    devices: tuple = tables.BOTH
     kind = "optimizer"
 
     @property
     def name(self):
-        return f"{self.label}: {self.model}{suffix(self.dtype)}"
+        return f"{self.label}: {self.model}{DTYPES[self.dtype]}"
 
     @property
-    def n_params(self):
-        return sum(map(prod, self.shapes))
+    def array_bytes(self):
+        """Of the parameters, the gradients, or a state."""
+        return sum(map(prod, self.shapes)) * self.dtype.itemsize
 
     @property
-    def n_arrays(self):
-        """Arrays that a step holds: parameters, gradients and states."""
-        return len(set(self.moves.replace("->", "").split()))
-
-    @property
-    def n_arrays_moved(self):
-        return len(self.moves.replace("->", "").split())
-
-    @property
-    def bytes_moved(self):
-        return self.n_arrays_moved * self.dtype.itemsize * self.n_params
-
-    @property
-    def working(self):
-        """The sum behind ``bytes_moved``."""
-        product = f"{self.n_arrays_moved} x {self.dtype.itemsize} B x {self.n_params:,}"
-        return f"{self.moves}: {product} = {self.bytes_moved:,} B"
-
-    @property
-    def is_long(self):
-        return self.bytes_moved > 1e9
+    def terms(self):
+        states, itemsize = " ".join(["", *self.optimizer.states]), self.dtype.itemsize
+        n_arrays = 3 + 2 * len(self.optimizer.states)
+        product = f"{n_arrays} x {itemsize} B x {self.array_bytes // itemsize:,}"
+        return [(f"param grad{states} -> param{states}: {product}", n_arrays * self.array_bytes)]
 
 
 @dataclass(frozen=True)
-class LossCase:
+class LossCase(Case):
     """Forward and backward into a fresh gradient, or the loss alone."""
 
+    loss: tables.Loss
     shape: tuple
     dtype: torch.dtype = torch.float32
-    label_smoothing: float = 0.0
-    has_probabilities: bool = False
-    is_channels_last: bool = False
-    is_in_place: bool = False  # the gradient may take the logits' memory
-    needs_grad: bool = True
-    devices: tuple = ("cpu", "cuda")
+    trait: str = ""  # a layout, or another that the name shows
+    options: dict = field(default_factory=dict)
+    devices: tuple = tables.BOTH
     kind = "loss"
 
     @property
     def name(self):
-        traits = {
-            "channels_last": self.is_channels_last,
-            "smoothing": self.label_smoothing,
-            "probabilities": self.has_probabilities,
-            "in place": self.is_in_place,
-            "no gradient": not self.needs_grad,
-        }
-        told = "".join(f", {trait}" for trait, holds in traits.items() if holds)
-        return f"cross-entropy {' x '.join(map(str, self.shape))}{suffix(self.dtype)}{told}"
+        size = f"{self.loss.name.replace('_', '-')} {' x '.join(map(str, self.shape))}{DTYPES[self.dtype]}"
+        return ", ".join([size, *filter(None, [self.trait]), *_shown(self.options)])
 
     @property
-    def n_logits(self):
-        return prod(self.shape)
+    def target(self):
+        return self.trait if self.trait == "probabilities" else self.loss.target
 
     @property
-    def n_positions(self):
-        return self.n_logits // self.shape[1]
+    def needs_grad(self):
+        return self.trait != "no gradient"
 
     @property
-    def _parts(self):
-        parts = [("read logits", self.dtype.itemsize, self.n_logits)]
-        if self.has_probabilities:
-            parts.append(("read probabilities", self.dtype.itemsize, self.n_logits))
-        else:
-            parts.append(("read targets", INDEX_BYTES, self.n_positions))
-        if self.needs_grad:
-            parts.append(("write gradient", self.dtype.itemsize, self.n_logits))
-        return parts
-
-    @property
-    def bytes_moved(self):
-        return sum(itemsize * count for _, itemsize, count in self._parts)
-
-    @property
-    def working(self):
-        """The sum behind ``bytes_moved``."""
-        terms = " + ".join(f"{what} {itemsize} B x {count:,}" for what, itemsize, count in self._parts)
-        return f"{terms} = {self.bytes_moved:,} B"
-
-    @property
-    def is_long(self):
-        return self.n_logits > 20e6
+    def terms(self):
+        n_logits, itemsize = prod(self.shape), self.dtype.itemsize
+        inputs = "input" if self.target == "values" else "logits"
+        indices = "read targets", torch.int64.itemsize, n_logits // self.shape[1]
+        parts = [
+            (f"read {inputs}", itemsize, n_logits // (2 if self.trait == "half ignored" else 1)),
+            indices if self.target == "indices" else (f"read {self.target}", itemsize, n_logits),
+            *[("write gradient", itemsize, n_logits)] * self.needs_grad,
+        ]
+        return [(f"{part} {size} B x {count:,}", size * count) for part, size, count in parts]
 
 
-def suffix(dtype):
-    """What names a dtype at the end of a case's name."""
-    return {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}[dtype]
+def _shown(options):
+    """Options as they stand in a name."""
+    short = {"label_smoothing": "smoothing"}
+    return [short.get(key, key if value is True else f"{key}={value}") for key, value in options.items()]
 
 
-LENET = ((6, 1, 5, 5), (6,), (16, 6, 5, 5), (16,), (120, 256), (120,), (84, 120), (84,), (10, 84), (10,))
-CNN = ((32, 1, 3, 3), (32,), (64, 32, 3, 3), (64,), (128, 9216), (128,), (10, 128), (10,))
-MANY = ((64,),) * 1000
-_ATTENTION = ((768,), (768,), (2304, 768), (2304,), (768, 768), (768,))
-_FEED_FORWARD = ((768,), (768,), (3072, 768), (3072,), (768, 3072), (768,))
-GPT2 = ((50257, 768), (1024, 768), *(12 * (_ATTENTION + _FEED_FORWARD)), (768,), (768,))
-
-# Model, tensors, whether its 16-bit variant is timed on CUDA too.
-MODELS = (
-    ("LeNet, 44 k in 10 tensors", LENET, False),
-    ("MNIST CNN, 1.2 M in 8", CNN, False),
-    ("1000 tensors of 64", MANY, True),
-    ("GPT-2 small, 124 M in 148", GPT2, True),
-)
-
-# Gradients stay the same from step to step. The long memory keeps the centered variance from rounding to zero.
-_CENTERED = dict(lr=1e-2, alpha=0.99999, momentum=0.9, centered=True)
-OPTIMIZERS = (
-    ("SGD", "SGD", dict(lr=1e-2), "param grad -> param"),
-    ("momentum", "SGD", dict(lr=1e-2, momentum=0.9), "param grad momentum_buffer -> param momentum_buffer"),
-    ("RMSprop", "RMSprop", dict(lr=1e-2), "param grad square_avg -> param square_avg"),
-    (
-        "RMSprop centered, momentum",
-        "RMSprop",
-        _CENTERED,
-        "param grad square_avg grad_avg momentum_buffer -> param square_avg grad_avg momentum_buffer",
-    ),
-    ("Adam", "Adam", dict(lr=1e-2), "param grad exp_avg exp_avg_sq -> param exp_avg exp_avg_sq"),
-    (
-        "AdamW",
-        "AdamW",
-        dict(lr=1e-2, weight_decay=1e-2),
-        "param grad exp_avg exp_avg_sq -> param exp_avg exp_avg_sq",
-    ),
-)
-
-OPTIMIZER_CASES = tuple(
-    OptimizerCase(*optimizer, model, shapes, dtype, ("cpu", "cuda") if dtype == torch.float32 else ("cuda",))
-    for model, shapes, has_bf16 in MODELS
-    for dtype in (torch.float32, torch.bfloat16)[: 1 + has_bf16]
-    for optimizer in OPTIMIZERS
-)
-
-_CPU, _CUDA = {"devices": ("cpu",)}, {"devices": ("cuda",)}
-BF16 = torch.bfloat16
-
-LOSS_CASES = (
-    LossCase((64, 10)),
-    LossCase((1024, 10), **_CPU),
-    LossCase((128, 1000), **_CPU),
-    LossCase((4096, 1000), **_CPU),
-    LossCase((4096, 1000), BF16, **_CPU),
-    LossCase((512, 32000), **_CPU),
-    LossCase((512, 32000), label_smoothing=0.1, **_CPU),
-    LossCase((512, 32000), BF16, **_CPU),
-    LossCase((512, 32000), has_probabilities=True, **_CPU),
-    LossCase((512, 32000), is_in_place=True, **_CPU),
-    LossCase((512, 32000), needs_grad=False, **_CPU),
-    LossCase((256, 128256), **_CPU),
-    LossCase((65536, 1000), **_CUDA),
-    LossCase((65536, 1000), BF16, **_CUDA),
-    LossCase((8192, 32000), BF16, **_CUDA),
-    LossCase((8192, 32000), BF16, label_smoothing=0.1, **_CUDA),
-    LossCase((8192, 32000), BF16, is_in_place=True, **_CUDA),
-    LossCase((8192, 32000), BF16, needs_grad=False, **_CUDA),
-    LossCase((8192, 50257), BF16, **_CUDA),  # rows that start at odd addresses
-    LossCase((8192, 128256), BF16, **_CUDA),
-    LossCase((16, 128256), BF16, **_CUDA),  # fewer rows than multiprocessors
-    LossCase((8, 21, 256, 256)),
-    LossCase((8, 21, 256, 256), is_channels_last=True),
-)
+def _loss_case(loss, shape, dtype, variant, *devices):
+    trait, options = (variant, {}) if isinstance(variant, str) else ("", variant)
+    return LossCase(loss, shape, dtype, trait, options, *devices)
 
 
-def cases_for(device, only="", quick=False):
+def benchmark_cases(device, only="", quick=False):
     """The cases of ``device`` ("cpu" or "cuda") whose name has ``only``; none that takes seconds if ``quick``."""
-    has_in_place = "inplace_backward" in inspect.signature(functional.cross_entropy).parameters
-    return [
-        case
-        for case in (*OPTIMIZER_CASES, *LOSS_CASES)
-        if device in case.devices
-        and only.lower() in case.name.lower()
-        and not (quick and device == "cpu" and case.is_long)
-        and (has_in_place or not getattr(case, "is_in_place", False))
+    cases = [
+        OptimizerCase(optimizer, optimizer.label, model, shapes, dtype, devices)
+        for model, shapes, has_bf16 in tables.MODELS
+        for dtype, devices in ((torch.float32, tables.BOTH), (torch.bfloat16, tables.CUDA))[: 1 + has_bf16]
+        for optimizer in tables.OPTIMIZERS
+        if optimizer.label
     ]
+    for loss in tables.LOSSES:
+        for devices, dtype, variant, *shapes in loss.timed:
+            cases += [_loss_case(loss, shape, dtype, variant, devices) for shape in shapes]
+    named = [case for case in cases if device in case.devices and only.lower() in case.name.lower()]
+    return [case for case in named if not quick or device == "cuda" or case.bytes_moved <= LONG_BYTES]
+
+
+def sweep_rows(rng=None, dtypes=tuple(DTYPES)):
+    """All rows of the sweep; with a ``random.Random`` of shapes that it draws."""
+    all_shapes = tables.SWEEP_SHAPES if rng is None else _drawn_shapes(rng)
+    models = tables.SWEEP_MODELS if rng is None else list(_drawn_models(rng))
+    for optimizer in tables.OPTIMIZERS:
+        label = " ".join([optimizer.name, *_shown(optimizer.options)])
+        for model, shapes in models if optimizer.torch_class else ():
+            yield from (OptimizerCase(optimizer, label, model, shapes, dtype) for dtype in dtypes)
+    for loss in tables.LOSSES:
+        for variant in loss.variants:
+            _, n_dims = LAYOUTS.get(str(variant), LAYOUTS[""])
+            for shape in all_shapes:
+                if len(shape) in n_dims:
+                    yield from (_loss_case(loss, shape, dtype, variant) for dtype in dtypes)
+
+
+def _drawn_models(rng):
+    for _ in range(5):
+        n_tensors, n_params = _log_uniform(rng, 1, 400), _log_uniform(rng, 200, 4e6)
+        mean = n_params / n_tensors
+        shapes = tuple((max(1, round(mean * rng.uniform(0.3, 1.7))),) for _ in range(n_tensors))
+        yield f"{n_tensors} tensors, {sum(map(prod, shapes)):,}", shapes
+
+
+def _drawn_shapes(rng):
+    shapes = []
+    while len(shapes) < 14:
+        after = rng.choice([(), (), (), (300,), (128, 128)])
+        shape = (_log_uniform(rng, 1, 4000), _log_uniform(rng, 2, 60000), *(_log_uniform(rng, 1, n) for n in after))
+        if 20 <= prod(shape) <= 6e6:
+            shapes.append(shape)
+    return shapes
+
+
+def _log_uniform(rng, low, high):
+    return round(low * (high / low) ** rng.random())

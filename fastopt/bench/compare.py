@@ -1,109 +1,40 @@
-"""``python -m fastopt bench compare``: whether fastopt has become slower from one run to another.
+"""``python -m fastopt bench compare``: finds where fastopt has become slower from one run to another.
 
-Times of two runs differ with the machine and its load. What is compared is what took turns in one process: fastopt's
-time over that of the fastest of torch's implementations. Where torch was not timed, a plain copy stands in for it.
+Times of two runs differ with the machine and its load. So ratios of times that took turns in one process are compared:
+fastopt's time over that of the fastest of torch's implementations, or over a plain copy's where torch was not timed.
 """
 
 import math
 import statistics
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import report
 
 TOLERANCE = 0.25  # of one case
 MEAN_TOLERANCE = 0.05  # of the geometric mean of all, in which the noise of single cases averages out
-FLAGGED = 0.10  # a change worth a look, and all that a time changes that has stayed
+FLAGGED = 0.10  # a change worth a note; torch's time has stayed if it changed by less
 OTHER_CONDITIONS = 0.25  # a change of torch's own times that no noise explains
 
+CONDITIONS = {
+    "processor": lambda machine: machine["processor"],
+    "GPU": lambda machine: (machine["gpu"] or {}).get("name"),
+    "threads": lambda machine: machine["threads"],
+    "torch": lambda machine: machine["torch"],
+    "fastopt's backend": lambda machine: machine["fastopt"]["backend"],
+}
 
-@dataclass(frozen=True)
-class Change:
+
+class Change(NamedTuple):
     """Times of one case, the second run's over the first's; None where they cannot be compared, and ``note`` says why.
 
-    ``ours`` is fastopt's, ``beside`` that of what took turns with it, ``torch`` the latter if torch was timed.
+    ``relative`` is fastopt's beside that of torch, or of the copy; ``ours`` and ``torch`` are of the times alone.
     """
 
     name: str
-    ours: float | None = None
-    beside: float | None = None
-    torch: float | None = None
     note: str = ""
-
-    @property
-    def relative(self):
-        return self.ours and self.ours / self.beside
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The changes of all cases, judged.
-
-    A case is slower if fastopt's time over torch's rose by more than ``tolerance``, or its time alone where torch's
-    stayed. All are slower if the geometric mean rose by more than ``mean_tolerance``; None is 5 %, or what noise of
-    ``tolerance`` in a case leaves in the mean of few.
-    """
-
-    changes: tuple
-    tolerance: float = TOLERANCE
-    mean_tolerance: float | None = None
-
-    @property
-    def torch(self):
-        """How torch's own times have changed, in the mean, or None."""
-        return _mean(change.torch for change in self.changes)
-
-    @property
-    def relative(self):
-        return _mean(change.relative for change in self.changes)
-
-    @property
-    def lost(self):
-        return [change.name for change in self.changes if change.note == "lost"]
-
-    @property
-    def slower(self):
-        return [change.name for change in self.changes if self._is_slower(change)]
-
-    @property
-    def mean_allowed(self):
-        if self.mean_tolerance is not None:
-            return 1 + self.mean_tolerance
-        n_compared = sum(change.relative is not None for change in self.changes)
-        return 1 + max(MEAN_TOLERANCE, self.tolerance / math.sqrt(max(1, n_compared)))
-
-    @property
-    def is_slower_in_the_mean(self):
-        return self.relative is not None and self.relative > self.mean_allowed
-
-    @property
-    def ok(self):
-        return not (self.lost or self.slower or self.is_slower_in_the_mean)
-
-    def lines(self):
-        """A table of the second run's times over the first's, and what to know about it."""
-        width = max(len("geometric mean"), *(len(change.name) for change in self.changes))
-        yield f"{'':<{width}}  relative  fastopt    torch"
-        for change in self.changes:
-            notes = _flag(change.relative, self._is_slower(change)), change.note, _torch_too(change)
-            yield _line(width, change.name, (change.relative, change.ours, change.torch), *notes)
-        ours = _mean(change.ours for change in self.changes)
-        flag = _flag(self.relative, self.is_slower_in_the_mean)
-        yield _line(width, "geometric mean", (self.relative, ours, self.torch), flag)
-        if self.torch is not None and not 1 / (1 + OTHER_CONDITIONS) < self.torch < 1 + OTHER_CONDITIONS:
-            yield f"torch's own times are {self.torch:.2f} of the first run's: another machine, load or torch"
-        if self.lost:
-            yield f"no longer timed: {'; '.join(self.lost)}"
-        if self.slower:
-            yield f"slower by more than {self.tolerance:.0%} beside torch: {'; '.join(self.slower)}"
-        if self.is_slower_in_the_mean:
-            yield f"slower in the mean: {self.relative:.3f}, {self.mean_allowed:.3f} allowed"
-
-    def _is_slower(self, change):
-        if change.relative is None:
-            return False
-        stayed = change.torch if change.torch is not None else self.torch
-        rose_alone = stayed is not None and stayed <= 1 + FLAGGED and change.ours > 1 + self.tolerance
-        return rose_alone or change.relative > 1 + self.tolerance
+    relative: float | None = None
+    ours: float | None = None
+    torch: float | None = None
 
 
 def changes(first, second):
@@ -116,48 +47,81 @@ def changes(first, second):
     if devices[0] != devices[1]:
         raise ValueError(f"both runs must be of one device, got {devices[0]} and {devices[1]}")
     befores, afters = ({result["name"]: result for result in run["results"]} for run in (first, second))
-    if not any(_timed(result, "fastopt") for result in befores.values()):
+    if not any("fastopt" in report.timed(result) for result in befores.values()):
         raise ValueError("the first run must have a case in which fastopt was timed, got none")
-    return tuple(_change(name, befores.get(name), afters.get(name)) for name in dict.fromkeys([*befores, *afters]))
-
-
-def conditions(first, second):
-    """Lines about what else differs between the runs."""
-    for name, find in {
-        "processor": lambda machine: machine["processor"],
-        "GPU": lambda machine: (machine["gpu"] or {}).get("name"),
-        "threads": lambda machine: machine["threads"],
-        "torch": lambda machine: machine["torch"],
-        "fastopt's backend": lambda machine: machine["fastopt"]["backend"],
-    }.items():
-        values = [find(run["machine"]) for run in (first, second)]
-        if values[0] != values[1]:
-            yield f"{name}: {values[0]} in the first run, {values[1]} in the second"
+    return [_change(name, befores.get(name), afters.get(name)) for name in dict.fromkeys([*befores, *afters])]
 
 
 def _change(name, before, after):
     if before is None:
-        return Change(name, note="only in the second")
-    if not _timed(before, "fastopt"):
-        return Change(name, note="never timed")
-    # What was timed and is no longer, because it is gone, fails or is wrong, must not pass for unchanged.
-    if after is None or not _timed(after, "fastopt"):
-        return Change(name, note="lost")
-    ours = _timed(after, "fastopt") / _timed(before, "fastopt")
-    fastest = [_timed(result, report.summarize(result)["fastest_torch"]) for result in (before, after)]
-    if all(fastest):
-        torch = fastest[1] / fastest[0]
-        return Change(name, ours, torch, torch)
-    copies = [(result["copy"] or {}).get("median_us") for result in (before, after)]
-    if all(copies):
-        return Change(name, ours, copies[1] / copies[0], note="beside the copy: torch was not timed")
-    return Change(name, ours, 1.0, note="by its time alone: neither torch nor the copy was timed")
+        return Change(name, "only in the second")
+    timed = report.timed(before), report.timed(after or {"providers": []})
+    if "fastopt" not in timed[0]:
+        return Change(name, "never timed")
+    # A case that was timed and is now gone, fails or is wrong must not pass for unchanged.
+    if "fastopt" not in timed[1]:
+        return Change(name, "lost")
+    fastest = [timed[i].get(report.summarize(result)["fastest_torch"]) for i, result in enumerate((before, after))]
+    ours = _rise(timed[0]["fastopt"], timed[1]["fastopt"])
+    torch, copy = _rise(*fastest), _rise(before["copy"], after["copy"])
+    if torch:
+        return Change(name, "", ours / torch, ours, torch)
+    if copy:
+        return Change(name, "beside the copy: torch was not timed", ours / copy, ours)
+    return Change(name, "by its time alone: neither torch nor the copy was timed", ours, ours)
 
 
-def _timed(result, provider):
-    """The provider's median, or None."""
-    entries = (entry for entry in result["providers"] if entry["provider"] == provider and entry["status"] == "timed")
-    return next((entry["median_us"] for entry in entries), None)
+def _rise(before, after):
+    return after["median_us"] / before["median_us"] if before and after else None
+
+
+def judge(found, tolerance=TOLERANCE, mean_tolerance=None):
+    """The table of changes with the reasons why the second run is slower, if it is.
+
+    A case is slower if fastopt's time over torch's rose by more than ``tolerance``, or its time alone where torch's
+    stayed. All are slower if the geometric mean rose by more than ``mean_tolerance``; None is 5 %, or the noise that
+    ``tolerance`` in a case leaves in the mean of few.
+
+    Returns:
+        (lines, whether it is no slower)
+    """
+    mean, ours, torch = (_mean(change[index] for change in found) for index in (2, 3, 4))
+    n_compared = sum(change.relative is not None for change in found)
+    if mean_tolerance is None:
+        mean_tolerance = max(MEAN_TOLERANCE, tolerance / math.sqrt(max(1, n_compared)))
+    is_slower_in_the_mean = mean is not None and mean > 1 + mean_tolerance
+
+    def is_slower(change):
+        if change.relative is None:
+            return False
+        stayed = change.torch or torch
+        rose_alone = stayed is not None and stayed <= 1 + FLAGGED and change.ours > 1 + tolerance
+        return rose_alone or change.relative > 1 + tolerance
+
+    width = max(len("geometric mean"), *(len(change.name) for change in found))
+    lines = [f"{'':<{width}}  relative  fastopt    torch"]
+    for change in found:
+        torch_too = change.torch is not None and min(change.ours, change.torch) > 1 + OTHER_CONDITIONS
+        lines.append(_line(width, change, is_slower(change), "torch is slower too" * torch_too))
+    lines.append(_line(width, Change("geometric mean", "", mean, ours, torch), is_slower_in_the_mean))
+    if torch is not None and not 1 / (1 + OTHER_CONDITIONS) < torch < 1 + OTHER_CONDITIONS:
+        lines.append(f"torch's own times are {torch:.2f} of the first run's: another machine, load or torch")
+    n_lines = len(lines)
+    if lost := [change.name for change in found if change.note == "lost"]:
+        lines.append(f"no longer timed: {'; '.join(lost)}")
+    if slower := [change.name for change in found if is_slower(change)]:
+        lines.append(f"slower by more than {tolerance:.0%} beside torch: {'; '.join(slower)}")
+    if is_slower_in_the_mean:
+        lines.append(f"slower in the mean: {mean:.3f}, {1 + mean_tolerance:.3f} allowed")
+    return lines, len(lines) == n_lines
+
+
+def conditions(first, second):
+    """Lines about other differences between the runs."""
+    for name, find in CONDITIONS.items():
+        values = [find(run["machine"]) for run in (first, second)]
+        if values[0] != values[1]:
+            yield f"{name}: {values[0]} in the first run, {values[1]} in the second"
 
 
 def _mean(values):
@@ -166,19 +130,10 @@ def _mean(values):
     return statistics.geometric_mean(known) if known else None
 
 
-def _flag(relative, is_slower):
-    if is_slower:
-        return "SLOWER"
-    if relative is None or 1 / (1 + FLAGGED) <= relative <= 1 + FLAGGED:
-        return ""
-    return "slower" if relative > 1 else "faster"
-
-
-def _torch_too(change):
-    is_slower = change.torch is not None and min(change.ours, change.torch) > 1 + OTHER_CONDITIONS
-    return "torch is slower too" if is_slower else ""
-
-
-def _line(width, name, values, *notes):
-    relative, ours, torch = ("-" if value is None else f"{value:.2f}" for value in values)
-    return "  ".join([f"{name:<{width}}", f"{relative:>8}  {ours:>7}  {torch:>7}", *filter(None, notes)])
+def _line(width, change, is_slower, *notes):
+    flag = "SLOWER" if is_slower else ""
+    if not flag and change.relative and not 1 / (1 + FLAGGED) <= change.relative <= 1 + FLAGGED:
+        flag = "slower" if change.relative > 1 else "faster"
+    relative, ours, torch = ("-" if value is None else f"{value:.2f}" for value in change[2:])
+    numbers = f"{relative:>8}  {ours:>7}  {torch:>7}"
+    return "  ".join([f"{change.name:<{width}}", numbers, *filter(None, (flag, change.note, *notes))])

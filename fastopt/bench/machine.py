@@ -15,13 +15,13 @@ _PATHS = ("library", "cuda_library", "cache_dir")  # of this machine alone: resu
 
 
 def describe(device, n_threads):
-    """As a dict of JSON's types; None where something cannot be told."""
+    """As a dict of JSON's types; None where something is unknown."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "n_cpus": os.cpu_count(),
-        "caches": _caches(),
+        "caches": _caches() or None,
         "governor": _read(_CPU / "cpufreq/scaling_governor"),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
@@ -35,34 +35,35 @@ def describe(device, n_threads):
     }
 
 
+def short_name(machine):
+    gpu = machine["gpu"]
+    return gpu["name"] if gpu else f"{machine['processor']}, {machine['threads']} threads"
+
+
 def one_line(machine):
     """The parts of a description that a reader asks for first."""
-    gpu = machine["gpu"]
-    where = f"{gpu['name']} driver {gpu['driver']}" if gpu else f"{machine['processor']}, {machine['threads']} threads"
-    backend = machine["fastopt"]["backend"]
+    driver = f" driver {machine['gpu']['driver']}" if machine["gpu"] else ""
     commit = f" at {machine['commit']}" if machine["commit"] else ""
-    version = machine["fastopt"]["version"]
-    return f"{where}; torch {machine['torch']}, Python {machine['python']}, fastopt {version} ({backend}){commit}"
+    ours = f"fastopt {machine['fastopt']['version']} ({machine['fastopt']['backend']}){commit}"
+    return f"{short_name(machine)}{driver}; torch {machine['torch']}, Python {machine['python']}, {ours}"
 
 
-def last_cache_bytes():
-    """Size of the largest cache, or None where it cannot be told."""
-    sizes = [size for size in (_caches() or {}).values() if size and size[:-1].isdigit() and size.endswith("K")]
-    return max((1024 * int(size[:-1]) for size in sizes), default=None)
-
-
-def _processor():
-    cpuinfo = _read("/proc/cpuinfo") or ""
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+def processor():
+    """The processor's name as the system gives it."""
+    lines = (_read("/proc/cpuinfo") or "").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def last_cache_bytes():
+    """Size of the largest cache, or None where it is unknown."""
+    sizes = [size for size in _caches().values() if size and size[:-1].isdigit() and size.endswith("K")]
+    return max((1024 * int(size[:-1]) for size in sizes), default=None)
+
+
 def _caches():
-    caches = {}
-    for index in sorted((_CPU / "cache").glob("index*")):
-        level, kind, size = (_read(index / field) for field in ("level", "type", "size"))
-        caches[f"L{level} {kind}"] = size
-    return caches or None
+    folders = sorted((_CPU / "cache").glob("index*"))
+    return {f"L{_read(folder / 'level')} {_read(folder / 'type')}": _read(folder / "size") for folder in folders}
 
 
 def _gpu():

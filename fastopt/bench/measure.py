@@ -7,6 +7,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .. import _native
@@ -14,16 +15,14 @@ from . import machine
 
 STRETCH_S = 30e-3  # of timed calls, after one untimed call
 MAX_CALLS = 20_000
+MIN_ROUNDS, MAX_ROUNDS = 3, 41
 COPY_BYTES = 2**29  # a larger copy's time is that of so many bytes, scaled
 UNKNOWN_CACHE_BYTES = 2**26
 
 
 def spread(samples):
-    """Median, 10th and 90th percentile of some samples, interpolated."""
-    if len(samples) == 1:
-        return {"median": samples[0], "p10": samples[0], "p90": samples[0]}
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return {"median": tenths[4], "p10": tenths[0], "p90": tenths[8]}
+    """Median, 10th and 90th percentile, interpolated."""
+    return dict(zip(("median", "p10", "p90"), np.percentile(samples, (50, 10, 90)).tolist(), strict=True))
 
 
 class CpuClock:
@@ -32,18 +31,16 @@ class CpuClock:
     def __init__(self, stretch_s=None):
         self._stretch_s = stretch_s or STRETCH_S
 
-    def plan(self, call):
-        """How many calls make a stretch, and how many seconds they take."""
+    def n_calls(self, call):
+        """The number of calls that make a turn."""
         stretch_s, n_calls = 0.0, 0
         while stretch_s < self._stretch_s / 10 and n_calls < MAX_CALLS:
             n_calls = max(1, 4 * n_calls)
             stretch_s = self.time(call, n_calls)[0] * n_calls
-        seconds = stretch_s / n_calls
-        n_calls = min(MAX_CALLS, max(1, round(self._stretch_s / seconds)))
-        return n_calls, n_calls * seconds
+        return min(MAX_CALLS, max(1, round(self._stretch_s * n_calls / stretch_s)))
 
     def time(self, call, n_calls):
-        """Seconds a call, and seconds of the host a call if they are another thing."""
+        """Seconds a call, and seconds of the host a call where they differ."""
         call()
         start = time.perf_counter()
         for _ in range(n_calls):
@@ -59,15 +56,10 @@ class ColdClock:
         n_free = available_bytes("cpu")
         self._flush = torch.zeros(n_bytes if n_free is None else min(n_bytes, n_free // 4), dtype=torch.uint8)
 
-    def plan(self, call):
-        """One call makes a turn; the seconds are those of the turn."""
-        call()
-        start = time.perf_counter()
-        self.time(call, 1)
-        return 1, time.perf_counter() - start
+    def n_calls(self, _call):
+        return 1
 
     def time(self, call, _n_calls):
-        """Seconds of the call; of the host nothing else is known."""
         self._flush.add_(1)  # not zero_: memset writes past the caches
         start = time.perf_counter()
         call()
@@ -85,14 +77,10 @@ class CudaClock:
         l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
         self._flush = torch.empty(max(2**28, 4 * l2_bytes), dtype=torch.uint8, device="cuda")
 
-    def plan(self, call):
-        """How many calls make a stretch, and how many seconds they take."""
-        seconds = max(self.time(call, 2))
-        n_calls = min(50, max(3, round(STRETCH_S / seconds)))
-        return n_calls, n_calls * seconds
+    def n_calls(self, call):
+        return min(50, max(3, round(STRETCH_S / max(self.time(call, 2)))))
 
     def time(self, call, n_calls):
-        """Seconds of the device a call, and seconds of the host a call."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         call()
         torch.cuda.synchronize()
@@ -109,26 +97,23 @@ class CudaClock:
         return statistics.median(device_s), statistics.median(host_s)
 
 
-def clock_for(device):
-    return CudaClock() if device == "cuda" else CpuClock()
-
-
 def interleaved(calls, clock, n_rounds=None, budget_s=4.0):
     """Times of several calls that take turns; every other round in reverse.
 
     Args:
         calls: call of each name.
-        n_rounds: how many, or None for as many as fit ``budget_s``: at least 3, at most 41.
+        n_rounds: how many, or None for as many as ``budget_s`` has time for, within limits.
 
     Returns:
         Of each name a list of (seconds, host seconds or None), one a round.
     """
-    plans = {name: clock.plan(call) for name, call in calls.items()}
-    n_rounds = n_rounds or min(41, max(3, round(budget_s / sum(seconds for _, seconds in plans.values()))))
-    times = {name: [] for name in calls}
-    for index in range(n_rounds):
+    n_calls = {name: clock.n_calls(call) for name, call in calls.items()}
+    times, start = {name: [] for name in calls}, time.perf_counter()
+    for index in range(n_rounds or MAX_ROUNDS):
+        if n_rounds is None and index >= MIN_ROUNDS and time.perf_counter() - start > budget_s:
+            break
         for name in list(calls)[:: -1 if index % 2 else 1]:
-            times[name].append(clock.time(calls[name], plans[name][0]))
+            times[name].append(clock.time(calls[name], n_calls[name]))
     return times
 
 
@@ -146,10 +131,10 @@ class Copy:
 
 
 def peak_extra_bytes(started, device):
-    """The most memory that one call holds at once beyond its inputs, gradient included; None where it cannot be told.
+    """The most memory that one call holds at once beyond its inputs, gradient included; None where it is unknown.
 
-    On CUDA what torch's allocator has handed out. On the CPU resident memory, whoever allocated it: what was resident
-    before the call, and the high-water mark that Linux keeps; after ``return_memory_at_once``.
+    On CUDA that which torch's allocator has handed out. On the CPU resident memory, whoever allocated it, from the
+    high-water mark that Linux keeps; after ``return_memory_at_once``.
     """
     started.call()
     started.reset()
@@ -164,32 +149,30 @@ def peak_extra_bytes(started, device):
         return torch.cuda.max_memory_allocated() - before
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _status_bytes("VmRSS")
+        before = _kibibytes("/proc/self/status", "VmRSS")
         started.call()
-        return max(0, _status_bytes("VmHWM") - before)
+        return 1024 * max(0, _kibibytes("/proc/self/status", "VmHWM") - before)
     except (OSError, KeyError):
         return None
 
 
-def _status_bytes(field):
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
-
-
 def return_memory_at_once():
-    """Have glibc map every large array afresh and unmap it when freed, so that resident memory tells of arrays."""
+    """Have glibc map every large array afresh and unmap it when freed, so that resident memory follows the arrays."""
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**17)
 
 
 def available_bytes(device):
-    """Memory that a case may take, or None where it cannot be told."""
+    """Memory that a case may take, or None where it is unknown."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return 1024 * _kibibytes("/proc/meminfo", "MemAvailable")
+    except (OSError, KeyError):
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _kibibytes(file, field):
+    return int(dict(line.split(":", 1) for line in Path(file).read_text().splitlines())[field].split()[0])

@@ -1,26 +1,25 @@
 """Draws ratios as a PNG: one bar a case, torch's and its compiler's time over fastopt's."""
 
-FASTOPT_COLOR, COMPILE_COLOR, COPY_COLOR = "#1f77b4", "#ee4c2c", "#999999"
+from . import machine
+
 BARS = (
-    ("ratio", "fastest torch / fastopt", FASTOPT_COLOR),
-    ("ratio_to_compile", "torch.compile / fastopt", COMPILE_COLOR),
-    ("of_copy", "plain copy / fastopt", COPY_COLOR),
+    ("ratio", "fastest torch / fastopt", "#1f77b4"),
+    ("ratio_to_compile", "torch.compile / fastopt", "#ee4c2c"),
+    ("of_copy", "plain copy / fastopt", "#999999"),
 )
 
 
-def save(file, told):
+def save(file, reported):
     """Write the picture to ``file``.
 
     Raises:
         ImportError: there is no matplotlib.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    results = told["results"]
+    results = reported["results"]
     figure = Figure(figsize=(11, 2 + 0.45 * len(results)), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     height = 0.8 / len(BARS)
     for index, (key, label, color) in enumerate(BARS):
@@ -28,12 +27,8 @@ def save(file, told):
         if not bars:
             continue
         places, values = zip(*bars, strict=True)
-        axis.barh(places, [value - 1 for value in values], height, left=1, color=color, label=label)
-        for place, value in bars:
-            away = 3 if value >= 1 else -3
-            side = "left" if value >= 1 else "right"
-            place_and_text = (f"{value:.2f}x", (value, place), (away, 0))
-            axis.annotate(*place_and_text, textcoords="offset points", ha=side, va="center", fontsize="x-small")
+        drawn = axis.barh(places, [value - 1 for value in values], height, left=1, color=color, label=label)
+        axis.bar_label(drawn, [f"{value:.2f}x" for value in values], padding=3, fontsize="x-small")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set(xscale="log", xlabel="time over fastopt's (log scale); right of 1 fastopt is faster")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -43,7 +38,6 @@ def save(file, told):
     axis.set_axisbelow(True)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="best", fontsize="small")
-    machine = told["machine"]
-    where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} threads"
-    axis.set_title(f"{where}, torch {machine['torch']}", fontsize="medium")
+    title = f"{machine.short_name(reported['machine'])}, torch {reported['machine']['torch']}"
+    axis.set_title(title, fontsize="medium")
     figure.savefig(file, dpi=110, format="png")

@@ -1,6 +1,7 @@
-"""Who is timed: torch's implementations, fastopt, and other libraries where they are installed."""
+"""The implementations that are timed: torch's, fastopt's, and those of other libraries where they are installed."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -29,97 +30,41 @@ class Provider:
     def is_installed(self):
         return importlib.util.find_spec(self.package) is not None
 
-    @property
-    def is_torch(self):
-        return self.package == "torch"
 
-
-# torch and fastopt.
-
-
-def _torch_step(case, params, **how):
-    cls = getattr(torch.optim, case.optimizer)
-    if not how.keys() <= inspect.signature(cls).parameters.keys():
-        raise NotOffered(f"torch has no {' '.join(how)} {case.optimizer}")
-    return cls(params, **case.options, **how).step
-
-
-def _torch_compile_step(case, params):
-    return torch.compile(_torch_step(case, params))
+def _torch_step(case, params, **implementation):
+    cls, name = case.optimizer.torch_class, case.optimizer.name
+    known = inspect.signature(cls).parameters if cls else {}
+    wanted = [key for key, value in implementation.items() if value]
+    if cls is None or not known.keys() >= set(wanted):
+        raise NotOffered(" ".join(["torch has no", *wanted, name]))
+    return case.optimizer.timed(
+        cls, params, **{key: implementation[key] for key in implementation if key in known}
+    ).step
 
 
 def _fastopt_step(case, params):
-    return getattr(fastopt, case.optimizer)(params, **case.options).step
+    return case.optimizer.timed(getattr(fastopt, case.optimizer.name), params).step
 
 
-def _torch_loss(case):
-    return functools.partial(F.cross_entropy, label_smoothing=case.label_smoothing)
+def _library(name, module, devices=("cpu", "cuda"), compiles=False, **classes):
+    """A provider of optimizers: of each its class in ``module``, and the options that make it compute as torch's."""
 
+    def step(case, params):
+        if case.optimizer.name not in classes:
+            raise NotOffered(f"{name} has no {case.optimizer.name}")
+        cls, options = classes[case.optimizer.name]
+        return case.optimizer.timed(getattr(importlib.import_module(module), cls), params, **options).step
 
-def _torch_compile_loss(case):
-    return functools.partial(torch.compile(F.cross_entropy), label_smoothing=case.label_smoothing)
+    return Provider(name, step, module.split(".")[0], devices, compiles)
 
 
 def _fastopt_loss(case):
-    in_place = dict(inplace_backward=True) if case.is_in_place else {}
-    return functools.partial(fastopt.functional.cross_entropy, label_smoothing=case.label_smoothing, **in_place)
-
-
-# Other libraries: the same arithmetic as torch.optim asked of each, where its defaults are others.
-
-
-def _pick(case, library, **classes):
-    if case.optimizer not in classes:
-        raise NotOffered(f"{library} has no {case.optimizer}")
-    return classes[case.optimizer]
-
-
-def _apex_step(case, params):
-    from apex.optimizers import FusedAdam, FusedSGD
-
-    adam = functools.partial(FusedAdam, adam_w_mode=case.optimizer == "AdamW")
-    return _pick(case, "apex", SGD=FusedSGD, Adam=adam, AdamW=adam)(params, **case.options).step
-
-
-def _optimi_step(case, params):
-    import optimi
-
-    adam = dict(betas=(0.9, 0.999), eps=1e-8)
-    classes = dict(
-        SGD=optimi.SGD,
-        Adam=functools.partial(optimi.Adam, **adam),
-        AdamW=functools.partial(optimi.AdamW, **adam),
-    )
-    return _pick(case, "optimi", **classes)(params, **case.options, kahan_sum=False).step
-
-
-def _torchao_step(case, params):
-    from torchao.optim import _AdamW  # states of 32 bits; the public classes quantize theirs
-
-    adam = functools.partial(_AdamW, weight_decay=0.0)
-    return _pick(case, "torchao", Adam=adam, AdamW=_AdamW)(params, **case.options).step
-
-
-def _bitsandbytes_step(case, params):
-    from bitsandbytes import optim
-
-    if case.optimizer == "SGD" and not case.options.get("momentum"):
-        raise NotOffered("bitsandbytes has no SGD without momentum")
-    if case.options.get("centered"):
-        raise NotOffered("bitsandbytes has no centered RMSprop")
-    classes = dict(SGD=optim.SGD, RMSprop=optim.RMSprop, Adam=optim.Adam, AdamW=optim.AdamW)
-    return _pick(case, "bitsandbytes", **classes)(params, **case.options).step
-
-
-def _deepspeed_step(case, params):
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    adam = functools.partial(DeepSpeedCPUAdam, adamw_mode=case.optimizer == "AdamW")
-    return _pick(case, "DeepSpeed", Adam=adam, AdamW=adam)(params, **case.options).step
+    in_place = dict(inplace_backward=True) if case.trait == "in place" else {}
+    return functools.partial(getattr(fastopt.functional, case.loss.name), **case.options, **in_place)
 
 
 def _only_rows(case, library):
-    if case.has_probabilities or len(case.shape) != 2:
+    if case.loss.name != "cross_entropy" or case.target != "indices" or len(case.shape) != 2:
         raise NotOffered(f"{library} takes rows of logits and class indices only")
 
 
@@ -127,14 +72,14 @@ def _liger_loss(case):
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     _only_rows(case, "liger-kernel")
-    return functools.partial(liger_cross_entropy, label_smoothing=case.label_smoothing)
+    return functools.partial(liger_cross_entropy, **case.options)
 
 
 def _flash_attn_loss(case):
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     _only_rows(case, "flash-attn")
-    options = dict(label_smoothing=case.label_smoothing, inplace_backward=case.is_in_place)
+    options = dict(case.options, inplace_backward=case.trait == "in place")
     return lambda logits, target: cross_entropy_loss(logits, target, **options)[0].mean()
 
 
@@ -142,30 +87,49 @@ def _apex_loss(case):
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
     _only_rows(case, "apex")
-    ignore_index = -100
-    return lambda logits, target: SoftmaxCrossEntropyLoss.apply(
-        logits, target, case.label_smoothing, ignore_index, False
-    ).mean()
+    smoothing, ignore_index = case.options.get("label_smoothing", 0.0), -100
+    return lambda logits, target: SoftmaxCrossEntropyLoss.apply(logits, target, smoothing, ignore_index, False).mean()
 
 
 _CUDA = ("cuda",)
+_OPTIMI = dict(kahan_sum=False)
+_OPTIMI_ADAM = dict(kahan_sum=False, betas=(0.9, 0.999), eps=1e-8)
 
 OPTIMIZERS = (
     Provider("torch for-loop", functools.partial(_torch_step, foreach=False)),
     Provider("torch foreach", functools.partial(_torch_step, foreach=True)),
     Provider("torch fused", functools.partial(_torch_step, fused=True)),
-    Provider("torch compile", _torch_compile_step, compiles=True),
+    Provider("torch compile", lambda case, params: torch.compile(_torch_step(case, params)), compiles=True),
     Provider("fastopt", _fastopt_step, "fastopt"),
-    Provider("apex", _apex_step, "apex", _CUDA),
-    Provider("optimi", _optimi_step, "optimi"),
-    Provider("torchao", _torchao_step, "torchao", compiles=True),
-    Provider("bitsandbytes", _bitsandbytes_step, "bitsandbytes"),
-    Provider("DeepSpeed", _deepspeed_step, "deepspeed", ("cpu",)),
+    _library(
+        "apex",
+        "apex.optimizers",
+        _CUDA,
+        SGD=("FusedSGD", {}),
+        Adam=("FusedAdam", dict(adam_w_mode=False)),
+        AdamW=("FusedAdam", dict(adam_w_mode=True)),
+    ),
+    _library("optimi", "optimi", SGD=("SGD", _OPTIMI), Adam=("Adam", _OPTIMI_ADAM), AdamW=("AdamW", _OPTIMI_ADAM)),
+    # The public classes of torchao quantize their states.
+    _library("torchao", "torchao.optim", compiles=True, Adam=("_AdamW", dict(weight_decay=0.0)), AdamW=("_AdamW", {})),
+    _library(
+        "bitsandbytes", "bitsandbytes.optim", **{name: (name, {}) for name in ("SGD", "RMSprop", "Adam", "AdamW")}
+    ),
+    _library(
+        "DeepSpeed",
+        "deepspeed.ops.adam",
+        ("cpu",),
+        **{name: ("DeepSpeedCPUAdam", dict(adamw_mode=name == "AdamW")) for name in ("Adam", "AdamW")},
+    ),
 )
 
 LOSSES = (
-    Provider("torch", _torch_loss),
-    Provider("torch compile", _torch_compile_loss, compiles=True),
+    Provider("torch", lambda case: functools.partial(getattr(F, case.loss.name), **case.options)),
+    Provider(
+        "torch compile",
+        lambda case: functools.partial(torch.compile(getattr(F, case.loss.name)), **case.options),
+        compiles=True,
+    ),
     Provider("fastopt", _fastopt_loss, "fastopt"),
     Provider("apex", _apex_loss, "apex", _CUDA),
     Provider("flash-attn", _flash_attn_loss, "flash_attn", _CUDA),

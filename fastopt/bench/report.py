@@ -1,8 +1,9 @@
-"""What was found, as lines on a terminal, as JSON, and as the Markdown that a README holds."""
+"""Results as lines on a terminal, as JSON, and as the Markdown of a README."""
 
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 from . import machine
@@ -10,21 +11,24 @@ from . import machine
 SCHEMA = 1
 BEGIN, END = MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMPILE = "torch compile"
-COLUMNS = (
-    f"{'provider':<15} {'median_us':>11} {'p10-p90':>21} {'cold_us':>11} {'GB/s':>8} {'of_copy':>7} {'host_us':>9} "
-    f"{'extra_MB':>8}"
-)
+_LINE = "{:<15} {:>11} {:>21} {:>11} {:>8} {:>7} {:>9} {:>8}"
+COLUMNS = _LINE.format("provider", "median_us", "p10-p90", "cold_us", "GB/s", "of_copy", "host_us", "extra_MB")
+
+
+def timed(result):
+    """The entries of the providers that were timed, by name."""
+    return {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
 
 
 def summarize(result):
-    """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where there is nothing to tell.
+    """fastopt beside the fastest of torch's own, its compiler, and a plain copy; None where one is missing.
 
     ``ratio`` and ``ratio_to_compile`` are the other's time over fastopt's, ``of_copy`` a copy's time over fastopt's.
     ``ratio_cold`` is to the fastest of torch's own when the caches hold nothing of the work, ``torch_cold_us``.
     """
-    timed = {entry["provider"]: entry for entry in result["providers"] if entry["status"] == "timed"}
-    ours, compiled = timed.get("fastopt"), timed.get(COMPILE)
-    stock = [entry for name, entry in timed.items() if name.split()[0] == "torch" and name != COMPILE]
+    entries = timed(result)
+    ours, compiled = entries.get("fastopt"), entries.get(COMPILE)
+    stock = [entry for name, entry in entries.items() if name.split()[0] == "torch" and name != COMPILE]
     fastest = min(stock, key=lambda entry: entry["median_us"], default=None)
     cold_us = min((entry["cold_median_us"] for entry in stock if "cold_median_us" in entry), default=None)
     beside = compiled and (compiled.get("fastopt_beside_us") or (ours and ours["median_us"]))
@@ -38,24 +42,16 @@ def summarize(result):
     }
 
 
-# Lines.
-
-
 def lines(result):
     """A block of aligned lines, one a provider."""
     yield f"{result['name']}  ({result['working']})"
-    copy = [result["copy"]] if result["copy"] else []
-    for entry in (*copy, *result["providers"]):
+    for entry in filter(None, (result["copy"], *result["providers"])):
         if entry["status"] != "timed":
             yield f"  {entry['provider']:<15} {entry['status']}: {entry['reason']}"
             continue
-        spread = f"{entry['p10_us']:,.1f}-{entry['p90_us']:,.1f}"
-        cold = _number(entry.get("cold_median_us"), ",.1f")
-        times = (
-            f"{entry['median_us']:>11,.1f} {spread:>21} {cold:>11} {entry['gb_per_s']:>8.1f} {entry['of_copy']:>7.2f}"
-        )
-        host, extra = _number(entry.get("host_us"), ",.1f"), _megabytes(entry.get("extra_bytes"))
-        yield f"  {entry['provider']:<15} {times} {host:>9} {extra:>8}"
+        median, cold, host = (_us(entry.get(f"{key}_us")) for key in ("median", "cold_median", "host"))
+        speed = f"{entry['gb_per_s']:.1f}", f"{entry['of_copy']:.2f}"
+        yield "  " + _LINE.format(entry["provider"], median, _spread(entry), cold, *speed, host, _megabytes(entry))
 
 
 # JSON.
@@ -72,10 +68,10 @@ def to_dict(described, command, settings, missing, results):
     }
 
 
-def write_json(file, told):
+def write_json(file, reported):
     """Replaces ``file`` at once, so that a run cut short leaves the last whole one."""
     draft = Path(file).with_name(f"{Path(file).name}.{os.getpid()}")
-    draft.write_text(json.dumps(told, indent=1, allow_nan=False) + "\n")
+    draft.write_text(json.dumps(reported, indent=1, allow_nan=False) + "\n")
     draft.replace(file)
 
 
@@ -86,73 +82,69 @@ def read_json(file):
         OSError: it cannot be read.
     """
     try:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
-        is_whole = told["schema"] == SCHEMA and isinstance(told["settings"], dict) and _has_times(told["results"])
-        markdown(told)  # which takes every part of it
+        reported = json.loads(Path(file).read_text(encoding="utf-8"))
+        markdown(reported)  # which takes every part of it
+        entries = [entry for result in reported["results"] for entry in (*timed(result).values(), result["copy"])]
+        is_whole = reported["schema"] == SCHEMA and isinstance(reported["settings"], dict) and bool(entries)
+        is_whole = is_whole and all(0 < entry["median_us"] < math.inf for entry in filter(None, entries))
     except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError):
         is_whole = False
     if not is_whole:
         raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
-    return told
-
-
-def _has_times(results):
-    """Whether there are results, and every time is one."""
-    timed = [entry for result in results for entry in result["providers"] if entry["status"] == "timed"]
-    timed += [result["copy"] for result in results if result["copy"]]
-    return bool(results) and all(0 < entry["median_us"] < math.inf for entry in timed)
+    return reported
 
 
 # Markdown.
 
 
-def markdown(told):
+def markdown(reported):
     """Tables of all results, with the machine and the command above."""
-    results = told["results"]
-    parts = [f"{machine.one_line(told['machine'])}. `{told['command']}`", _main_table(results)]
+    results = reported["results"]
+    rows = [_row(result) for result in results]
+    heads = [head for head in rows[0] if any(row[head] for row in rows)]
+    parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`"]
+    parts.append(table(heads, [[row[head] or "-" for head in heads] for row in rows]))
     others = [row for result in results for row in _other_rows(result)]
     if others:
-        parts.append("| work | library | us | fastopt, us | ratio |\n|---|---|---|---|---|\n" + "\n".join(others))
-    left_out = _left_out(results, told["not_installed"])
+        parts.append(table(("work", "library", "us", "fastopt, us", "ratio"), others))
+    counts = Counter(
+        f"{entry['provider']} {entry['status']}: {entry['reason']}"
+        for result in results
+        for entry in result["providers"]
+        if entry["status"] != "timed"
+    )
+    left_out = [f"{reason} ({count} cases)" if count > 1 else reason for reason, count in counts.items()]
+    if reported["not_installed"]:
+        left_out.append(f"Not installed: {', '.join(reported['not_installed'])}")
     if left_out:
         parts.append("\n".join(f"- {line}" for line in left_out))
     return "\n\n".join(parts)
 
 
-def _main_table(results):
-    has_host = any(entry.get("host_us") for result in results for entry in result["providers"])
-    has_cold = any(result.get("ratio_cold") for result in results)
-    heads = ["work", "fastest torch, us", "fastopt, us", "p10-p90", "ratio", *["cold"] * has_cold]
-    heads += ["to compile", "of copy"] + ["host, us: torch, fastopt"] * has_host + ["extra MB: torch, fastopt"]
-    rows = [_row(result, has_host, has_cold) for result in results]
-    table = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
-    table.insert(1, "|---" * len(heads) + "|")
-    return "\n".join(table)
+def table(heads, rows):
+    body = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
 
 
-def _row(result, has_host, has_cold):
+def _row(result):
+    """The cells by their column; None in columns that are left out where no case has a value."""
     entries = {entry["provider"]: entry for entry in result["providers"]}
     ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
-    both = lambda key, show: f"{show(stock.get(key))}, {show(ours.get(key))}"  # noqa: E731
-    spread = f"{ours['p10_us']:,.1f}-{ours['p90_us']:,.1f}" if ours["status"] == "timed" else "-"
-    return [
-        result["name"],
-        f"{stock['median_us']:,.1f} ({stock['provider']})" if stock else "-",
-        f"{ours['median_us']:,.1f}" if ours["status"] == "timed" else f"{ours['status']}: {ours['reason']}",
-        spread,
-        f"**{result['ratio']:.2f}x**" if result["ratio"] else "-",
-        *[_cold(result, ours)] * has_cold,
-        _number(result["ratio_to_compile"], ".1f", "x"),
-        _number(result["of_copy"], ".2f"),
-        *([both("host_us", lambda value: _number(value, ",.1f"))] * has_host),
-        both("extra_bytes", _megabytes),
-    ]
-
-
-def _cold(result, ours):
-    if not result.get("ratio_cold"):
-        return "-"
-    return f"**{result['ratio_cold']:.2f}x** ({result['torch_cold_us']:,.1f}, {ours['cold_median_us']:,.1f})"
+    is_timed, cold, hosts = ours["status"] == "timed", None, [_us(entry.get("host_us")) for entry in (stock, ours)]
+    if result.get("ratio_cold"):
+        cold = f"{_ratio(result['ratio_cold'])} ({_us(result['torch_cold_us'])}, {_us(ours['cold_median_us'])})"
+    return {
+        "work": result["name"],
+        "fastest torch, us": f"{_us(stock['median_us'])} ({stock['provider']})" if stock else "-",
+        "fastopt, us": _us(ours["median_us"]) if is_timed else f"{ours['status']}: {ours['reason']}",
+        "p10-p90": _spread(ours) if is_timed else "-",
+        "ratio": _ratio(result["ratio"]),
+        "cold": cold,
+        "to compile": _number(result["ratio_to_compile"], ".1f", "x"),
+        "of copy": _number(result["of_copy"], ".2f"),
+        "host, us: torch, fastopt": None if hosts == ["-", "-"] else ", ".join(hosts),
+        "extra MB: torch, fastopt": f"{_megabytes(stock)}, {_megabytes(ours)}",
+    }
 
 
 def _other_rows(result):
@@ -161,24 +153,11 @@ def _other_rows(result):
         if entry["provider"].split()[0] in ("torch", "fastopt") or entry["status"] == "not run":
             continue
         if entry["status"] == "wrong":
-            yield f"| {result['name']} | {entry['provider']} | wrong: {entry['reason']} | - | - |"
-            continue
-        us = entry.get("fastopt_beside_us") or ours.get("median_us")
-        ratio = f"**{entry['median_us'] / us:.2f}x**" if us else "-"
-        times = f"{entry['median_us']:,.1f} | {_number(us, ',.1f')}"
-        yield f"| {result['name']} | {entry['provider']} | {times} | {ratio} |"
-
-
-def _left_out(results, missing):
-    """Each reason why a provider was not timed, once."""
-    counts = {}
-    for result in results:
-        for entry in result["providers"]:
-            if entry["status"] != "timed":
-                told = f"{entry['provider']} {entry['status']}: {entry['reason']}"
-                counts[told] = counts.get(told, 0) + 1
-    told = [f"{told} ({count} cases)" if count > 1 else told for told, count in counts.items()]
-    return told + ([f"Not installed: {', '.join(missing)}"] if missing else [])
+            yield result["name"], entry["provider"], f"wrong: {entry['reason']}", "-", "-"
+        else:
+            us = entry.get("fastopt_beside_us") or ours.get("median_us")
+            ratio = _ratio(us and entry["median_us"] / us)
+            yield result["name"], entry["provider"], _us(entry["median_us"]), _us(us), ratio
 
 
 def rewrite_between_markers(text, block, markers=MARKERS):
@@ -199,5 +178,18 @@ def _number(value, form, unit=""):
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def _megabytes(n_bytes):
-    return "-" if n_bytes is None else f"{n_bytes / 1e6:,.1f}"
+def _us(value):
+    return _number(value, ",.1f")
+
+
+def _spread(entry):
+    return f"{_us(entry['p10_us'])}-{_us(entry['p90_us'])}"
+
+
+def _ratio(value):
+    return f"**{value:.2f}x**" if value else "-"
+
+
+def _megabytes(entry):
+    n_bytes = entry.get("extra_bytes")
+    return _number(n_bytes and n_bytes / 1e6, ",.1f")

@@ -1,19 +1,19 @@
-"""``python -m fastopt bench sweep``: finds what is slower than torch among many small and large rows."""
+"""``python -m fastopt bench sweep``: finds rows, many small and large ones, in which fastopt is slower than torch."""
 
 import argparse
 import random
 import time
-from dataclasses import dataclass
 
 import torch
 
 from .._arguments import at_least, non_negative
-from . import measure, rows
+from . import cases, measure, work
+from .providers import NotOffered, providers_for
 
 BAR = 0.95  # torch's time over fastopt's
 NOISE_US = 2.0
 MIN_ROW_S, MAX_ROW_S = 0.01, 1.0
-N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = 3, 11, 0.5  # what looks slow is measured in so many rounds, for so long at least
+N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = 3, 11, 0.5  # of rows that look slow: in all, then in each try, for so long at least
 SECONDS, QUICK_SECONDS, QUICK_BYTES = 600.0, 60.0, 8e6
 
 HELP = "look for anything that is slower than torch; exit with 1 if something is"
@@ -26,32 +26,27 @@ move them: where the rates are the same, no kernel can do better. Rows are taken
 sweep is a sample. Exits with 1 if a row falls short, with 3 if fastopt does not run."""
 
 
-@dataclass(frozen=True)
-class Times:
-    """Median microseconds of each provider of one row."""
-
-    us: dict
-
-    @property
-    def ours(self):
-        return self.us["fastopt"]
+class Times(dict):
+    """Median microseconds of one row by provider."""
 
     @property
     def torch(self):
         """The fastest of torch's implementations."""
-        return min((name for name in self.us if name.startswith("torch")), key=self.us.get)
+        return min((name for name in self if name.startswith("torch")), key=self.get)
 
     @property
     def ratio(self):
-        return self.us[self.torch] / self.ours
+        return self[self.torch] / self["fastopt"]
 
     @property
     def is_slow(self):
-        return self.ratio < BAR and self.ours - self.us[self.torch] > NOISE_US
+        return self.ratio < BAR and self["fastopt"] - self[self.torch] > NOISE_US
 
 
 def add_arguments(parser):
-    """The sweep's arguments on ``parser``; what it shares with the benchmark may stand before the command too."""
+    """The sweep's arguments on ``parser``; those it shares with the benchmark may stand before the command too."""
+    parser.description = DESCRIPTION
+    parser.set_defaults(bench_command=run)
     shared = dict(default=argparse.SUPPRESS)
     only = 'rows whose name has TEXT, with ", N threads" as it is printed'
     parser.add_argument("--only", metavar="TEXT", help=only, **shared)
@@ -65,88 +60,97 @@ def add_arguments(parser):
 
 
 def run(args, parser):
-    """Do what ``args`` ask for and return the exit status."""
+    """Sweep as ``args`` say and return the exit status."""
     rng = random.Random(args.seed)
-    threads = [args.threads] if args.threads else sorted({torch.get_num_threads(), 1}, reverse=True)
-    pairs = [
-        (row, n_threads)
-        for row in rows.rows(rng if args.seed is not None else None)
-        for n_threads in threads
-        if args.only.lower() in _name(row, n_threads).lower() and not (args.quick and row.bytes_moved > QUICK_BYTES)
-    ]
+    before = torch.get_num_threads()
+    pairs = {
+        f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}": (row, n_threads)
+        for row in cases.sweep_rows(rng if args.seed is not None else None)
+        for n_threads in ([args.threads] if args.threads else sorted({before, 1}, reverse=True))
+        if not (args.quick and row.bytes_moved > QUICK_BYTES)
+    }
+    pairs = [(name, *pair) for name, pair in pairs.items() if args.only.lower() in name.lower()]
     if not pairs:
         parser.error(f"argument --only: must be part of a row's name (see --list), got {args.only!r}")
     if args.list:
-        for line in dict.fromkeys(f"{row.name}  ({row.bytes_moved:,} B)" for row, _ in pairs):
-            print(line)
+        print("\n".join(dict.fromkeys(f"{row.name}  ({row.bytes_moved:,} B)" for _, row, _ in pairs)))
         return 0
     rng.shuffle(pairs)
     seconds = args.seconds if args.seconds is not None else QUICK_SECONDS if args.quick else SECONDS
-    before = torch.get_num_threads()
     try:
         return _sweep(pairs, seconds)
     finally:
         torch.set_num_threads(before)
 
 
-def _name(row, n_threads):
-    return f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}"
-
-
-def _sweep(pairs, seconds):
+def _sweep(named_rows, seconds):
     deadline = time.monotonic() + seconds
-    n_slow, n_failed, timed = 0, 0, {}
-    for index, (row, n_threads) in enumerate(pairs):
+    n_slow, n_failed, ratios = 0, 0, {}
+    for index, (name, row, n_threads) in enumerate(named_rows):
         left_s = deadline - time.monotonic()
         if left_s <= 0 and index > 0:
             break
-        name = _name(row, n_threads)
         torch.set_num_threads(n_threads)
         try:
-            times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(pairs) - index))))
+            times = time_row(row, min(MAX_ROW_S, max(MIN_ROW_S, left_s / (len(named_rows) - index))))
         except Exception as error:
             n_failed += 1
             print(f"NOT RUN {name}: {type(error).__name__}: {error}", flush=True)
             continue
-        timed[name] = times.ratio
+        ratios[name] = times.ratio
         if times.is_slow:
             n_slow += 1
-            print(f"SLOWER {times.ratio:.2f}x  {name}: {_told(row, times)}", flush=True)
-    reached = f", {len(pairs) - len(timed) - n_failed} not reached in {seconds:g} s"
-    worst = min(timed, key=timed.get, default=None)
+            both = f"fastopt {times['fastopt']:,.1f} us, {times.torch} {times[times.torch]:,.1f} us"
+            rate, copy_rate = (f"{row.bytes_moved / times[provider] / 1e3:.1f}" for provider in ("fastopt", "copy"))
+            rates = f"{row.bytes_moved:,} B at {rate} GB/s, a plain copy's at {copy_rate}"
+            print(f"SLOWER {times.ratio:.2f}x  {name}: {both}; {rates}", flush=True)
+    n_left = len(named_rows) - len(ratios) - n_failed
+    worst = min(ratios, key=ratios.get, default=None)
     print(
-        f"{len(timed) - n_slow} of {len(timed)} rows at least as fast as torch"
-        + (f", {n_failed} not run" * (n_failed > 0))
-        + (reached * (len(timed) + n_failed < len(pairs)))
-        + (f"; worst {timed[worst]:.2f}x: {worst}" if timed else "")
+        f"{len(ratios) - n_slow} of {len(ratios)} rows at least as fast as torch"
+        + (f", {n_failed} not run" if n_failed else "")
+        + (f", {n_left} not reached in {seconds:g} s" if n_left else "")
+        + (f"; worst {ratios[worst]:.2f}x: {worst}" if ratios else "")
     )
     return 3 if n_failed else int(n_slow > 0)
 
 
 def time_row(row, budget_s):
     """Times of ``row``, the last ones if at first it looks slow; those have a plain copy too."""
-    for index in range(N_TRIES):
-        calls = row.calls()  # anew, for where arrays lie in memory makes a difference that lasts as long as they do
-        if "fastopt" not in calls:
-            raise RuntimeError("the step leaves parameters as they are")
-        if index > 0:
-            calls["copy"] = measure.Copy(row.bytes_moved, "cpu")
-        times = _medians(calls, *((budget_s,) if index == 0 else (max(AGAIN_S, 3 * budget_s), N_ROUNDS_AGAIN)))
+    for n_rounds in (None, *[N_ROUNDS_AGAIN] * (N_TRIES - 1)):
+        calls = calls_of(row)  # anew, for times depend on the place of arrays in memory
+        row_s = budget_s
+        if n_rounds:
+            calls["copy"], row_s = measure.Copy(row.bytes_moved, "cpu"), max(AGAIN_S, 3 * budget_s)
+        clock = measure.CpuClock(row_s / len(calls) / (n_rounds or 5))
+        samples = measure.interleaved(calls, clock, n_rounds, row_s)
         del calls  # before others are made
+        times = Times({name: 1e6 * measure.spread([s for s, _ in pairs])["median"] for name, pairs in samples.items()})
         if not times.is_slow:
             break
     return times
 
 
-def _medians(calls, budget_s, n_rounds=None):
-    clock = measure.CpuClock(budget_s / len(calls) / (n_rounds or 5))
-    samples = measure.interleaved(calls, clock, n_rounds, budget_s)
-    return Times({name: 1e6 * measure.spread([s for s, _ in pairs])["median"] for name, pairs in samples.items()})
-
-
-def _told(row, times):
-    rate, copy_rate = (row.bytes_moved / us / 1e3 for us in (times.ours, times.us["copy"]))
-    return (
-        f"fastopt {times.ours:,.1f} us, {times.torch} {times.us[times.torch]:,.1f} us; "
-        f"{row.bytes_moved:,} B at {rate:.1f} GB/s, a plain copy's at {copy_rate:.1f}"
-    )
+def calls_of(row):
+    """The call of each eager provider, by name; of torch's only those that work."""
+    ready, calls, n_expected = work.prepare(row, "cpu"), {}, None
+    for provider in providers_for(row, "cpu"):
+        if provider.package not in ("torch", "fastopt") or provider.compiles:
+            continue
+        try:
+            started = ready.start(provider)
+            started.call()
+        except (NotOffered, RuntimeError, TypeError, ValueError):
+            if provider.package == "torch":
+                continue
+            raise
+        if row.kind == "optimizer":
+            # torch 2.13's fused SGD updates a few elements at the end of 16-bit tensors, and leaves the others.
+            n_changed = ready.n_changed(started)
+            n_expected = n_changed if n_expected is None else n_expected  # the for-loop's
+            if n_changed <= 0.9 * n_expected:
+                continue
+        calls[provider.name] = started.call
+    if "fastopt" not in calls:
+        raise RuntimeError("the step leaves parameters as they are")
+    return calls

@@ -1,10 +1,13 @@
-"""A case made ready: its inputs, a provider's call on them, and the error of what that call computes."""
+"""A case made ready: its inputs, a provider's call on them, and the error of the results."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from .cases import LAYOUTS
 
 N_CHECKED_STEPS = 3
 N_CHECKED_LOGITS = 2**22  # a larger gradient is checked in so many, whole rows evenly spaced
@@ -13,21 +16,11 @@ N_AT_ONCE = 2**20  # logits in float64
 
 @dataclass
 class Started:
-    """A provider's call, and what it leaves behind."""
+    """A provider's call on inputs of its own."""
 
     call: Callable
-    results: Callable  # what the call has computed, as a list of tensors
-    reset: Callable = lambda: None  # drops what the last call left, and gives back inputs it wrote into
-
-
-@dataclass
-class Verdict:
-    error: float
-    allowed: float
-
-    @property
-    def ok(self):
-        return self.error <= self.allowed  # NaN is not
+    results: Callable  # of the last call, as a list of tensors
+    reset: Callable = lambda: None  # drops the results of the last call, and restores inputs that it wrote into
 
 
 def prepare(case, device):
@@ -39,66 +32,65 @@ class OptimizerWork:
 
     def __init__(self, case, device):
         self.case, self.device = case, device
-        generator = torch.Generator(device).manual_seed(0)
+        random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+        self.params, self.grads = (
+            [torch.randn(shape, **random).mul_(0.1).to(case.dtype) for shape in case.shapes] for _ in range(2)
+        )
+        # Bytes that each provider holds beside the inputs, at most.
+        self.bytes_each = (2 + len(case.optimizer.states)) * case.array_bytes
 
-        def normal(shape):
-            return torch.randn(shape, generator=generator, device=device).mul_(0.1).to(case.dtype)
-
-        self.params = [normal(shape) for shape in case.shapes]
-        self.grads = [normal(shape) for shape in case.shapes]
-        self._expected = None
-
-    @property
-    def bytes_each(self):
-        """Bytes that each provider holds beside the inputs, at most."""
-        return self.case.n_arrays * self.case.n_params * self.case.dtype.itemsize
+    def _new_params(self, dtype):
+        params = [torch.nn.Parameter(param.to(dtype, copy=True)) for param in self.params]
+        for param, grad in zip(params, self.grads, strict=True):
+            param.grad = grad.to(dtype)
+        return params
 
     def start(self, provider):
-        params = [torch.nn.Parameter(param.clone()) for param in self.params]
-        for param, grad in zip(params, self.grads, strict=True):
-            param.grad = grad
+        params = self._new_params(self.case.dtype)
         return Started(provider.make(self.case, params), lambda: [param.detach() for param in params])
 
+    @functools.cached_property
+    def _expected(self):
+        optimizer = self.case.optimizer
+        params = self._new_params(torch.float32 if optimizer.torch_class else torch.float64)
+        step = optimizer.timed(optimizer.reference_class, params).step
+        for _ in range(N_CHECKED_STEPS):
+            step()
+        return [param.detach().float() for param in params]
+
     def check(self, started):
-        """The largest error of a parameter after some steps, beside torch's for-loop."""
+        """The largest error of a parameter after some steps, beside torch's in float32, and the error allowed."""
         for _ in range(N_CHECKED_STEPS):
             started.call()
-        if self._expected is None:
-            self._expected = self._torch_results()
-        is_exact = self.case.dtype == torch.float32
-        eps, share = torch.finfo(self.case.dtype).eps, 1e-4 if is_exact else 5e-2
-        errors, updates, sizes = [], [], []
-        for ours, theirs, before in zip(started.results(), self._expected, self.params, strict=True):
-            errors.append((ours.float() - theirs).abs().max())
-            updates.append((theirs - before.float()).abs().max())
-            sizes.append(theirs.abs().max())
-        # max of a tensor hands NaN on; Python's does not.
-        error, update, size = (torch.stack(values).max().item() for values in (errors, updates, sizes))
-        rounding = N_CHECKED_STEPS * eps / 2 * size  # each step may round a parameter the other way
-        return Verdict(error, share * update + rounding)
+        triples = list(zip(started.results(), self._expected, self.params, strict=True))
+        error = _largest(ours.float() - expected for ours, expected, _ in triples)
+        update = _largest(expected - before.float() for _, expected, before in triples)
+        # Each step may round a parameter the other way.
+        rounding = N_CHECKED_STEPS * torch.finfo(self.case.dtype).eps / 2 * _largest(self._expected)
+        return error, (1e-4 if self.case.dtype == torch.float32 else 5e-2) * update + rounding
 
-    def _torch_results(self):
-        params = [torch.nn.Parameter(param.float().clone()) for param in self.params]
-        for param, grad in zip(params, self.grads, strict=True):
-            param.grad = grad.float()
-        optimizer = getattr(torch.optim, self.case.optimizer)(params, **self.case.options, foreach=False)
-        for _ in range(N_CHECKED_STEPS):
-            optimizer.step()
-        return [param.detach() for param in params]
+    def n_changed(self, started):
+        """How many numbers are no longer those of the start."""
+        pairs = zip(started.results(), self.params, strict=True)
+        return sum(torch.count_nonzero(after != before).item() for after, before in pairs)
+
+
+def _largest(tensors):
+    return torch.stack([tensor.abs().max() for tensor in tensors]).max().item()  # NaN if one is, unlike Python's max
 
 
 class _Logits(torch.autograd.Function):
     """Hands on logits as a layer would: no leaf of the graph, so that their memory may be reused."""
 
     @staticmethod
-    def forward(ctx, seed, logits, gradients):
-        ctx.gradients = gradients
+    def forward(ctx, seed, logits):
+        ctx.logits = logits
         return logits.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.gradients[:] = [grad]
-        return None, None, None
+        ctx.logits.grad = grad
+        return None, None
 
 
 class LossWork:
@@ -106,96 +98,80 @@ class LossWork:
 
     def __init__(self, case, device):
         self.case, self.device = case, device
-        generator = torch.Generator(device).manual_seed(0)
-        self.logits = torch.randn(case.shape, generator=generator, device=device).to(case.dtype)
-        if case.is_channels_last:
-            self.logits = self.logits.contiguous(memory_format=torch.channels_last)
-        if case.has_probabilities:
-            self.target = torch.randn(case.shape, generator=generator, device=device).softmax(1).to(case.dtype)
+        random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
+        self.logits = LAYOUTS.get(case.trait, LAYOUTS[""])[0](torch.randn(case.shape, **random).to(case.dtype))
+        if case.target == "indices":
+            self.target = torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), **random)
+            if case.trait == "half ignored":
+                self.target.view(-1)[::2] = -100
         else:
-            positions = (case.shape[0], *case.shape[2:])
-            self.target = torch.randint(case.shape[1], positions, generator=generator, device=device)
-        self._expected = None
-
-    @property
-    def bytes_each(self):
-        return 5 * self.logits.numel() * self.logits.element_size()
+            self.target = torch.rand(case.shape, **random)
+            if case.target == "probabilities":
+                self.target /= self.target.sum(1, keepdim=True)
+            self.target = self.target.to(case.dtype)
+        self.tensors = {"weight": torch.rand(case.shape[1], **random).to(case.dtype)} if case.trait == "weight" else {}
+        self.bytes_each = 5 * self.logits.nbytes
 
     def start(self, provider):
-        function = provider.make(self.case)
-        overwritten = provider.writes_logits or self.case.is_in_place
-        logits = self.logits.clone() if overwritten else self.logits.detach()
-        target, losses, gradients = self.target, [], []
-        leaf = logits.requires_grad_(self.case.needs_grad and not self.case.is_in_place)
-        seed = torch.zeros((), device=self.device, requires_grad=True)
+        case, target, losses, is_in_place = self.case, self.target, [], self.case.trait == "in place"
+        function = functools.partial(provider.make(case), **self.tensors)
+        is_overwritten = provider.writes_logits or is_in_place
+        leaf = self.logits.clone() if is_overwritten else self.logits.detach()
+        ones = torch.ones_like(function(leaf, target)) if case.options.get("reduction") == "none" else None
+        leaf.requires_grad_(case.needs_grad and not is_in_place)
+        seed = torch.zeros((), device=leaf.device, requires_grad=True)
 
-        def alone():
-            with torch.no_grad():
-                losses[:] = [function(logits, target)]
-
-        def fresh():
+        def call():
             leaf.grad = None
-            loss = function(leaf, target)
-            loss.backward()
+            loss = function(_Logits.apply(seed, leaf) if is_in_place else leaf, target)
+            if case.needs_grad:
+                loss.backward(ones)
             losses[:] = [loss]
-
-        def in_place():
-            gradients.clear()
-            loss = function(_Logits.apply(seed, logits, gradients), target)
-            loss.backward()
-            losses[:] = [loss]
-
-        def results():
-            return [loss.detach() for loss in losses] + (gradients or [leaf.grad] * self.case.needs_grad)
 
         def reset():
             leaf.grad = None
             losses.clear()
-            gradients.clear()
-            if overwritten:
-                with torch.no_grad():
-                    logits.copy_(self.logits)
+            if is_overwritten:
+                leaf.data.copy_(self.logits)
 
-        call = alone if not self.case.needs_grad else in_place if self.case.is_in_place else fresh
-        return Started(call, results, reset)
+        return Started(call, lambda: [losses[0].detach(), leaf.grad], reset)
+
+    @functools.cached_property
+    def _expected(self):
+        """The mean loss, and its gradient in the rows that are checked or None; from parts that fit in memory."""
+        case, logits, has_indices = self.case, self._rows(self.logits), self.case.target == "indices"
+        target = self.target.reshape(-1) if has_indices else self._rows(self.target)
+        options = {**case.options, "reduction": "sum"}
+        n_averaged = logits.numel() if case.target == "values" else len(logits)
+
+        def loss_of(rows, its_target):
+            its_target = its_target if has_indices else its_target.double()
+            return getattr(F, case.loss.name)(rows, its_target, **options) / n_averaged
+
+        n_rows = max(1, N_AT_ONCE // case.shape[1])
+        pairs = zip(logits.split(n_rows), target.split(n_rows), strict=True)
+        loss = sum(loss_of(rows.double(), its_target) for rows, its_target in pairs)
+        if not case.needs_grad:
+            return loss, None
+        leaf = logits[self._checked].double().requires_grad_()
+        loss_of(leaf, target[self._checked]).backward()
+        return loss, leaf.grad
 
     def check(self, started):
-        """The error of the loss or of the gradient, whichever is the larger beside what is allowed; in float64."""
+        """The error of the loss, or of the gradient if the loss is right, beside float64; and the error allowed."""
         started.reset()
         started.call()
-        if self._expected is None:
-            self._expected = self._truth()
         share = 1e-5 if self.case.dtype == torch.float32 else 2e-2
-        loss, gradient = self._expected
-        ours = started.results()
-        verdicts = [Verdict((ours[0].double() - loss).abs().item(), share * loss.abs().item())]
-        if gradient is not None:
-            error = (self._rows(ours[1])[self._checked_rows()].double() - gradient).abs().max().item()
-            verdicts.append(Verdict(error, share * gradient.abs().max().item()))
-        return next((verdict for verdict in verdicts if not verdict.ok), verdicts[-1])
+        (loss, gradient), (our_loss, our_gradient) = self._expected, started.results()
+        error, allowed = (our_loss.double() - loss).abs().item(), share * loss.abs().item()
+        if error <= allowed and gradient is not None:
+            error = _largest([self._rows(our_gradient)[self._checked].double() - gradient])
+            allowed = share * _largest([gradient])
+        return error, allowed
 
     def _rows(self, tensor):
         return tensor.detach().movedim(1, -1).reshape(-1, self.case.shape[1])
 
-    def _checked_rows(self):
-        every = -(-self.case.n_logits // N_CHECKED_LOGITS)
-        return slice(None, None, every)
-
-    def _truth(self):
-        logits = self._rows(self.logits)
-        target = self._rows(self.target) if self.case.has_probabilities else self.target.reshape(-1)
-
-        def loss_of(rows, its_target):
-            its_target = its_target.double() if self.case.has_probabilities else its_target
-            options = dict(label_smoothing=self.case.label_smoothing, reduction="sum")
-            return F.cross_entropy(rows, its_target, **options) / self.case.n_positions
-
-        n_rows = max(1, N_AT_ONCE // self.case.shape[1])
-        pairs = zip(logits.split(n_rows), target.split(n_rows), strict=True)
-        loss = sum(loss_of(rows.double(), its_target) for rows, its_target in pairs)
-        if not self.case.needs_grad:
-            return loss, None
-        some = self._checked_rows()
-        leaf = logits[some].double().requires_grad_()
-        loss_of(leaf, target[some]).backward()
-        return loss, leaf.grad
+    @property
+    def _checked(self):
+        return slice(None, None, -(-self.logits.numel() // N_CHECKED_LOGITS))

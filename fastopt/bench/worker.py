@@ -12,105 +12,93 @@ COPY = "copy"
 
 
 @dataclass(frozen=True)
-class Job:
-    case: object
-    device: str
-    names: tuple  # of the providers
-    wants: str = "times"  # or "memory"
+class Settings:
+    device: str = "cpu"
     n_threads: int = 1
     n_rounds: int | None = None
-    budget_s: float = 4.0
+    is_quick: bool = False
+    compile: str = "loss"
+    timeout_s: float = 600.0
     is_cold: bool = False  # the caches are overwritten before further calls
 
 
-def run(job, connection):
-    """Do a job and send ("at", name) before each provider's turn, then ("done", outcome) or ("failed", why)."""
-    torch.set_num_threads(job.n_threads)
-    wanted = [provider for provider in providers_for(job.case, job.device) if provider.name in job.names]
-    tell = lambda name: connection.send(("at", name))  # noqa: E731
+def run(connection, case, settings, names, measured):
+    """Send ("at", name) before each provider's turn, then ("done", what ``measured`` returns) or ("failed", why)."""
+    torch.set_num_threads(settings.n_threads)
+    wanted = [provider for provider in providers_for(case, settings.device) if provider.name in names]
     try:
-        if job.wants == "memory":
-            outcome = memory(job.case, job.device, wanted, tell)
-        else:
-            outcome = times(job.case, job.device, wanted, tell, job.n_rounds, job.budget_s, job.is_cold)
-        connection.send(("done", outcome))
+        connection.send(("done", measured(case, settings, wanted, lambda name: connection.send(("at", name)))))
     except Exception as error:
         connection.send(("failed", _one_line(error)))
     connection.close()
 
 
-def times(case, device, providers, tell=lambda name: None, n_rounds=None, budget_s=4.0, is_cold=False):
-    """Check every provider, then time those that are right beside a plain copy; cold calls too if ``is_cold``.
+def times(case, settings, providers, announce=lambda name: None):
+    """Check every provider, then time those that are right beside a plain copy.
 
     Returns:
         (entries, n_rounds): entries is a dict of each provider's name and of "copy".
     """
-    ready = work.prepare(case, device)
+    ready, on_cuda = work.prepare(case, settings.device), settings.device == "cuda"
     entries, started = {}, {}
     for provider in providers:
-        tell(provider.name)
-        entries[provider.name], started[provider.name] = _checked(ready, provider, device)
-    calls = {name: its.call for name, its in started.items() if its}
-    copy = calls[COPY] = measure.Copy(case.bytes_moved, device)
-    tell(None)
-    samples = measure.interleaved(calls, measure.clock_for(device), n_rounds, budget_s)
-    copy_s = copy.scale * measure.spread([seconds for seconds, _ in samples[COPY]])["median"]
-    for name, pairs in samples.items():
-        scale = copy.scale if name == COPY else 1
-        seconds = measure.spread([scale * seconds for seconds, _ in pairs])
-        entry = entries.setdefault(name, {"provider": name, "status": "timed"})
-        entry.update({f"{key}_us": value * 1e6 for key, value in seconds.items()})
-        entry["gb_per_s"] = case.bytes_moved / seconds["median"] / 1e9
-        entry["of_copy"] = copy_s / seconds["median"]
-        if pairs[0][1] is not None:
-            entry["host_us"] = measure.spread([host for _, host in pairs])["median"] * 1e6
-    if is_cold:
-        for name, pairs in measure.interleaved(calls, measure.ColdClock(), n_rounds, budget_s).items():
-            scale = copy.scale if name == COPY else 1
-            seconds = measure.spread([scale * seconds for seconds, _ in pairs])
-            entries[name] |= {f"cold_{key}_us": value * 1e6 for key, value in seconds.items()}
-    if device == "cuda":
-        for name, its in started.items():
-            if its:
-                entries[name]["extra_bytes"] = measure.peak_extra_bytes(its, device)
+        announce(provider.name)
+        entries[provider.name] = _check(ready, provider, started)
+    announce(None)
+    copy = measure.Copy(case.bytes_moved, settings.device)
+    calls = {name: its.call for name, its in started.items()} | {COPY: copy}
+    entries[COPY] = {"provider": COPY, "status": "timed"}
+    clocks = {"": measure.CudaClock() if on_cuda else measure.CpuClock()}
+    if settings.is_cold:
+        clocks["cold_"] = measure.ColdClock()
+    for prefix, clock in clocks.items():
+        budget_s = 0.5 if settings.is_quick else 4.0
+        samples = measure.interleaved(calls, clock, settings.n_rounds, budget_s)
+        for name, pairs in samples.items():
+            scale = 1e6 * (copy.scale if name == COPY else 1)
+            spread = measure.spread([scale * seconds for seconds, _ in pairs])
+            entries[name] |= {f"{prefix}{key}_us": us for key, us in spread.items()}
+            if pairs[0][1] is not None:
+                entries[name]["host_us"] = measure.spread([1e6 * host_s for _, host_s in pairs])["median"]
+    for name in calls:
+        entries[name]["gb_per_s"] = case.bytes_moved / entries[name]["median_us"] / 1e3
+        entries[name]["of_copy"] = entries[COPY]["median_us"] / entries[name]["median_us"]
+        if on_cuda and name != COPY:
+            entries[name]["extra_bytes"] = measure.peak_extra_bytes(started[name], "cuda")
     return entries, len(samples[COPY])
 
 
-def _checked(ready, provider, device):
-    """What is known of a provider before it is timed, and its call if it is to be timed."""
+def _check(ready, provider, started):
+    """A provider's entry before it is timed; its call goes into ``started`` if it is to be timed."""
     entry = {"provider": provider.name, "status": "not run", "reason": None}
     try:
-        available = measure.available_bytes(device)
+        available = measure.available_bytes(ready.device)
         if available is not None and available < 1.2 * ready.bytes_each:
             raise MemoryError(f"needs {ready.bytes_each / 1e9:.1f} GB, {available / 1e9:.1f} GB are free")
-        started = ready.start(provider)
-        verdict = ready.check(started)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except Exception as error:
-        if _device_is_lost(error):
+        its = ready.start(provider)
+        error, allowed = ready.check(its)
+    except Exception as raised:
+        if "CUDA error" in str(raised):  # every later call on the device may fail too, of whatever provider
             raise
-        entry["reason"] = _one_line(error)
-        return entry, None
-    entry |= {"error": verdict.error if math.isfinite(verdict.error) else None, "allowed": verdict.allowed}
-    if not verdict.ok:
-        reason = f"differs by {verdict.error:.2g}, {verdict.allowed:.2g} allowed"
-        return entry | {"status": "wrong", "reason": reason}, None
-    return entry | {"status": "timed"}, started
+        return entry | {"reason": _one_line(raised)}
+    entry |= {"error": error if math.isfinite(error) else None, "allowed": allowed}
+    if not error <= allowed:  # as NaN is not
+        return entry | {"status": "wrong", "reason": f"differs by {error:.2g}, {allowed:.2g} allowed"}
+    started[provider.name] = its
+    return entry | {"status": "timed"}
 
 
-def memory(case, device, providers, tell=lambda name: None):
+def memory(case, settings, providers, announce):
     """Peak extra bytes of each provider, one after another."""
     measure.return_memory_at_once()
-    ready = work.prepare(case, device)
-    outcome = {}
+    ready, extra_bytes = work.prepare(case, settings.device), {}
     for provider in providers:
-        tell(provider.name)
+        announce(provider.name)
         started = ready.start(provider)
         started.call()
-        outcome[provider.name] = measure.peak_extra_bytes(started, device)
-        del started
-    return outcome
+        extra_bytes[provider.name] = measure.peak_extra_bytes(started, settings.device)
+        del started  # before the next is made
+    return extra_bytes
 
 
 def touch_cuda():
@@ -120,8 +108,3 @@ def touch_cuda():
 def _one_line(error):
     first = next(iter(str(error).strip().splitlines()), "")[:200]
     return first if isinstance(error, NotOffered) else f"{type(error).__name__}: {first}".rstrip(": ")
-
-
-def _device_is_lost(error):
-    """After some errors every later call on the device fails too, whoever makes it."""
-    return "CUDA error" in str(error)

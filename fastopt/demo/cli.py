@@ -1,4 +1,4 @@
-"""``python -m fastopt demo``: arguments, the run, and what its exit status says."""
+"""``python -m fastopt demo``: arguments, the run, and its exit status."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,8 @@ accuracy and the time of each part of a step. Exits with 1 if the two trainings 
 both became NaN or infinite. Launched by torchrun with several processes, each trains on its share of every batch, and
 the first one reports; torchrun itself exits with 1 for every status but 0."""
 
+STOCK_HELP = """\
+which of torch's own implementations fastopt is compared with; default: the one torch.optim takes by itself"""
 DATA_HELP = """\
 folder of the four IDX files of MNIST, packed or not, in it, in raw or in MNIST/raw; without it $FASTOPT_DATA, ./data,
 ../data and ~/data are tried, and where none of them has digits fastopt draws its own"""
@@ -30,29 +32,23 @@ MAX_LR = 1e30
 def add_arguments(parser):
     """The demo's arguments on ``parser``."""
     parser.description = DESCRIPTION
-    defaults = train.Config()
-    parser.add_argument("--model", choices=tuple(MODELS), default=defaults.model, help="default: %(default)s")
-    parser.add_argument("--optimizer", choices=(*train.OPTIMIZERS, "all"), default="all", help="default: %(default)s")
+    defaults, add = train.Config(), parser.add_argument
+    add("--model", choices=tuple(MODELS), default=defaults.model, help="default: %(default)s")
+    add("--optimizer", choices=(*train.OPTIMIZERS, "all"), default="all", help="default: %(default)s")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=at_least(1), help=f"steps to train; default: {defaults.steps}")
     length.add_argument("--epochs", type=at_least(1), help="train so many times over all images instead")
-    parser.add_argument("--batch-size", type=at_least(1), default=defaults.batch_size, help="default: %(default)s")
-    parser.add_argument("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
-    parser.add_argument("--seed", type=at_least(0), default=defaults.seed, help="default: %(default)s")
-    parser.add_argument(
-        "--stock",
-        choices=tuple(report.STOCK),
-        default=defaults.stock,
-        help="which of torch's own "
-        "implementations fastopt is compared with; default: the one torch.optim takes by itself",
-    )
-    parser.add_argument("--device", type=_device, default=defaults.device, help="cpu or cuda; default: %(default)s")
-    parser.add_argument("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
-    parser.add_argument("--data", type=Path, metavar="DIR", help=DATA_HELP)
-    parser.add_argument("--download", action="store_true", help="fetch MNIST through torchvision into --data or ./data")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write everything known about the run")
-    parser.add_argument("--png", type=new_file, metavar="FILE", help="write loss curves and times as a picture")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add("--batch-size", type=at_least(1), default=defaults.batch_size, help="default: %(default)s")
+    add("--lr", type=learning_rate, help="learning rate of every optimizer; default: each its own")
+    add("--seed", type=at_least(0), default=defaults.seed, help="default: %(default)s")
+    add("--stock", choices=tuple(report.STOCK), default=defaults.stock, help=STOCK_HELP)
+    add("--device", type=_device, default=defaults.device, help="cpu or cuda; default: %(default)s")
+    add("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
+    add("--data", type=Path, metavar="DIR", help=DATA_HELP)
+    add("--download", action="store_true", help="fetch MNIST through torchvision into --data or ./data")
+    add("--json", type=new_file, metavar="FILE", help="write everything known about the run")
+    add("--png", type=new_file, metavar="FILE", help="write loss curves and times as a picture")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def run(args, parser):
@@ -69,18 +65,18 @@ def _run(args, parser):
         with processes.first_before_others():
             digits = data.load(args.data, download=args.download)
     except data.DataError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 3 if isinstance(error, data.DownloadError) else 2
-    n_train = len(digits.train.labels)
+        return _fail(parser, error, 3 if isinstance(error, data.DownloadError) else 2)
+    n_train, n_processes = len(digits.train.labels), processes.count()
     if args.batch_size > n_train:
         parser.error(f"argument --batch-size: must be at most the {n_train} training images, got {args.batch_size}")
-    if args.batch_size % processes.count():
-        parser.error(
-            f"argument --batch-size: must be a multiple of the {processes.count()} processes, got {args.batch_size}"
-        )
+    if args.batch_size % n_processes:
+        parser.error(f"argument --batch-size: must be a multiple of the {n_processes} processes, got {args.batch_size}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    config = _config(args, n_train)
+    if args.epochs:
+        args.steps = args.epochs * (n_train // args.batch_size)
+    args.steps = args.steps or train.Config.steps
+    config = train.Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(train.Config)})
     fastopt.CrossEntropyLoss()(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # builds the kernels if need be
     info = fastopt.info()
     if is_first:
@@ -90,23 +86,13 @@ def _run(args, parser):
     for name in train.OPTIMIZERS if args.optimizer == "all" else (args.optimizer,):
         progress = Progress(name, config.steps, quiet=args.quiet or not is_first)
         comparisons.append(train.compare(name, config, digits, progress.step))
-    if not is_first:
-        return _status(comparisons)
-    status = _write_files(args, parser, config, digits, comparisons, info)  # first: a closed pipe must not lose them
-    print("\n" + report.tables(comparisons))
-    return status
-
-
-def _status(comparisons):
     verdicts = [outcome.parity for outcome in comparisons]
+    status = 0 if all(verdict.ok for verdict in verdicts) else 2
     if any(not verdict.ok and not verdict.diverged for verdict in verdicts):
-        return 1
-    return 0 if all(verdict.ok for verdict in verdicts) else 2
-
-
-def _write_files(args, parser, config, digits, comparisons, info):
-    status = _status(comparisons)
-    try:
+        status = 1
+    if not is_first:
+        return status
+    try:  # before the tables: a closed pipe must not lose the files
         if args.json:
             args.json.write_text(report.to_json(config, digits, comparisons, info) + "\n")
         if args.png:
@@ -114,16 +100,14 @@ def _write_files(args, parser, config, digits, comparisons, info):
     except ImportError as error:
         print(f"{parser.prog}: no picture, for there is no matplotlib ({error})", file=sys.stderr)
     except OSError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return status or 2
+        status = status or _fail(parser, error, 2)
+    print("\n" + report.tables(comparisons))
     return status
 
 
-def _config(args, n_train):
-    names = {field.name for field in dataclasses.fields(train.Config)}
-    config = train.Config(**{name: value for name, value in vars(args).items() if name in names and name != "steps"})
-    steps = args.epochs * (n_train // args.batch_size) if args.epochs else args.steps or config.steps
-    return dataclasses.replace(config, steps=steps)
+def _fail(parser, error, status):
+    print(f"{parser.prog}: error: {error}", file=sys.stderr)
+    return status
 
 
 def learning_rate(text):

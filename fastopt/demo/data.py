@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Digits:
-    """Both splits, where they come from, and the transform from uint8 images to what a network sees."""
+    """Both splits, where they come from, and the transform of a uint8 batch to a network's input."""
 
     train: Split
     test: Split
@@ -62,48 +62,40 @@ def load(folder=None, *, download=False):
     """
     if download:
         folder = _download(Path(folder or USUAL_PLACES[0]))
-    named = (("--data", folder), ("$FASTOPT_DATA", os.environ.get("FASTOPT_DATA")))
-    for name, place in named:
+    for name, place in (("--data", folder), ("$FASTOPT_DATA", os.environ.get("FASTOPT_DATA"))):
         if place:
             raw = _find_raw(place)
             if raw is None:
                 raise DataError(f"{name}: no IDX files such as {FILES['train'][0]}[.gz] in {place}, raw or MNIST/raw")
             return _read(raw)
-    for place in USUAL_PLACES:
-        if raw := _find_raw(place):
-            return _read(raw)
-    return draw()
+    raw = next(filter(None, map(_find_raw, USUAL_PLACES)), None)
+    return _read(raw) if raw else draw()
 
 
 def draw(n_train=N_DRAWN_TRAIN, n_test=N_DRAWN_TEST):
     """Digits drawn by the package: the same on every machine, no file needed."""
     splits = [_split(*glyphs.draw(n, stream)) for stream, n in enumerate((n_train, n_test))]
-    return Digits(*splits, "digits drawn by fastopt", "fastopt.demo.glyphs", _normalizer()[0])
+    return Digits(*splits, "digits drawn by fastopt", "fastopt.demo.glyphs", _normalizer())
 
 
 def _find_raw(place):
     place = Path(place).expanduser()
     names = [name + suffix for pair in FILES.values() for name in pair for suffix in ("", ".gz")]
-    for folder in (place, place / "raw", place / "MNIST" / "raw"):
-        if any((folder / name).exists() for name in names):
-            return folder
-    return None
+    folders = place, place / "raw", place / "MNIST" / "raw"
+    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
 
 
 def _read(raw):
-    normalize, _ = _normalizer()
     arrays, reader = _read_torchvision(raw), "torchvision.datasets.MNIST"
     if arrays is None:
         arrays, reader = _read_idx_files(raw), "fastopt.demo.idx"
     splits = [_split(*arrays[kind], *(raw / name for name in FILES[kind])) for kind in ("train", "test")]
-    return Digits(*splits, str(raw), reader, normalize)
+    return Digits(*splits, str(raw), reader, _normalizer())
 
 
 def _read_idx_files(raw):
-    arrays = {}
-    for kind, names in FILES.items():
-        arrays[kind] = [read_idx(_existing(raw / name), n_dims) for name, n_dims in zip(names, (3, 1), strict=True)]
-    return arrays
+    pairs = {kind: zip(names, (3, 1), strict=True) for kind, names in FILES.items()}
+    return {kind: [read_idx(_existing(raw / name), n_dims) for name, n_dims in pair] for kind, pair in pairs.items()}
 
 
 def _existing(path):
@@ -116,13 +108,12 @@ def _existing(path):
 def _read_torchvision(raw):
     """Arrays by torchvision, which wants unpacked files in ``MNIST/raw``; None leaves the files to our own reader."""
     torchvision, _ = import_torchvision()
-    unpacked = all((raw / name).is_file() for pair in FILES.values() for name in pair)
-    if torchvision is None or not unpacked or raw.absolute().parts[-2:] != ("MNIST", "raw"):
+    is_unpacked = all((raw / name).is_file() for pair in FILES.values() for name in pair)
+    if torchvision is None or not is_unpacked or raw.absolute().parts[-2:] != ("MNIST", "raw"):
         return None
-    root = raw.absolute().parents[1]
     try:
-        sets = {kind: torchvision.datasets.MNIST(root, train=kind == "train") for kind in FILES}
-    except Exception:  # broken files: our own reader says which one and why
+        sets = {kind: torchvision.datasets.MNIST(raw.absolute().parents[1], train=kind == "train") for kind in FILES}
+    except Exception:  # broken files: our own reader reports which one and why
         return None
     return {kind: (dataset.data.numpy(), dataset.targets.numpy()) for kind, dataset in sets.items()}
 
@@ -140,13 +131,12 @@ def _split(images, labels, image_file="drawn images", label_file="drawn labels")
 
 
 def _normalizer():
-    """The transform of a uint8 batch and who provides it; torchvision's and ours give equal floats."""
+    """The transform of a uint8 batch: torchvision's or ours, which give equal floats."""
     torchvision, _ = import_torchvision()
     if torchvision is None:
-        return _normalize, "fastopt"
+        return _normalize
     transforms = torchvision.transforms
-    steps = [transforms.ConvertImageDtype(torch.float32), transforms.Normalize((MEAN,), (STD,))]
-    return transforms.Compose(steps), "torchvision"
+    return transforms.Compose([transforms.ConvertImageDtype(torch.float32), transforms.Normalize((MEAN,), (STD,))])
 
 
 def _normalize(images):

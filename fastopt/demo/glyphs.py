@@ -12,116 +12,26 @@ SIZE = 28
 SEED = 1998
 _CHUNK = 200  # images at a time; their distances to a segment stay in the cache
 _SPLINE_STEPS = 3  # segments between two control points
-_N_DRAWS = 48  # random numbers of one image besides its noise; the last _N_SHAPE are not jitter
-_N_SHAPE = 16
+_N_JITTER, _N_SHAPE = 32, 16  # random numbers of one image besides its noise
 
-# Each class: variants of (control points as x, y with y down; strokes as indices, closed if first == last).
-GLYPHS = [
-    [  # 0
-        (
-            [
-                (0.5, 0.05),
-                (0.2, 0.2),
-                (0.12, 0.5),
-                (0.2, 0.8),
-                (0.5, 0.95),
-                (0.8, 0.8),
-                (0.88, 0.5),
-                (0.8, 0.2),
-            ],
-            [(0, 1, 2, 3, 4, 5, 6, 7, 0)],
-        )
-    ],
-    [  # 1, bare, with a flag, with a foot
-        ([(0.5, 0.05), (0.5, 0.5), (0.5, 0.95)], [(0, 1, 2)]),
-        ([(0.28, 0.28), (0.55, 0.05), (0.55, 0.5), (0.55, 0.95)], [(0, 1), (1, 2, 3)]),
-        ([(0.3, 0.25), (0.52, 0.05), (0.52, 0.95), (0.25, 0.95), (0.8, 0.95)], [(0, 1), (1, 2), (3, 2, 4)]),
-    ],
-    [  # 2
-        (
-            [
-                (0.15, 0.28),
-                (0.3, 0.08),
-                (0.6, 0.05),
-                (0.82, 0.25),
-                (0.7, 0.5),
-                (0.4, 0.75),
-                (0.12, 0.93),
-                (0.9, 0.92),
-            ],
-            [(0, 1, 2, 3, 4, 5, 6), (6, 7)],
-        )
-    ],
-    [  # 3
-        (
-            [
-                (0.18, 0.15),
-                (0.5, 0.05),
-                (0.78, 0.25),
-                (0.42, 0.47),
-                (0.8, 0.7),
-                (0.5, 0.95),
-                (0.15, 0.83),
-            ],
-            [(0, 1, 2, 3), (3, 4, 5, 6)],
-        )
-    ],
-    [  # 4, open and closed
-        ([(0.3, 0.08), (0.14, 0.55), (0.88, 0.55), (0.7, 0.12), (0.68, 0.95)], [(0, 1), (1, 2), (3, 4)]),
-        ([(0.65, 0.05), (0.1, 0.65), (0.92, 0.65), (0.65, 0.95)], [(0, 1), (1, 2), (0, 3)]),
-    ],
-    [  # 5
-        (
-            [
-                (0.82, 0.07),
-                (0.28, 0.07),
-                (0.22, 0.45),
-                (0.6, 0.4),
-                (0.85, 0.65),
-                (0.6, 0.93),
-                (0.15, 0.87),
-            ],
-            [(0, 1), (1, 2), (2, 3, 4, 5, 6)],
-        )
-    ],
-    [  # 6
-        (
-            [(0.7, 0.06), (0.35, 0.3), (0.17, 0.68), (0.45, 0.95), (0.8, 0.72), (0.52, 0.5)],
-            [(0, 1, 2, 3, 4, 5, 2)],
-        )
-    ],
-    [  # 7, without and with a bar
-        ([(0.12, 0.1), (0.87, 0.08), (0.6, 0.5), (0.4, 0.95)], [(0, 1), (1, 2, 3)]),
-        (
-            [(0.12, 0.1), (0.87, 0.08), (0.6, 0.5), (0.4, 0.95), (0.3, 0.52), (0.82, 0.5)],
-            [(0, 1), (1, 2, 3), (4, 5)],
-        ),
-    ],
-    [  # 8
-        (
-            [
-                (0.5, 0.48),
-                (0.22, 0.26),
-                (0.5, 0.05),
-                (0.78, 0.26),
-                (0.16, 0.74),
-                (0.5, 0.95),
-                (0.84, 0.74),
-            ],
-            [(0, 1, 2, 3, 0), (0, 4, 5, 6, 0)],
-        )
-    ],
-    [  # 9, straight and curled
-        (
-            [(0.8, 0.28), (0.5, 0.05), (0.2, 0.28), (0.48, 0.5), (0.78, 0.6), (0.7, 0.95)],
-            [(0, 1, 2, 3, 0), (0, 4, 5)],
-        ),
-        (
-            [(0.8, 0.28), (0.5, 0.05), (0.2, 0.28), (0.48, 0.5), (0.8, 0.6), (0.62, 0.93), (0.25, 0.88)],
-            [(0, 1, 2, 3, 0), (0, 4, 5, 6)],
-        ),
-    ],
-]
+# Variants of each digit: control points, each x and y in hundredths with y down; strokes through them by index, closed
+# if they end where they begin.
+GLYPHS = (
+    ("5005 2020 1250 2080 5095 8080 8850 8020: 012345670",),
+    (
+        "5005 5050 5095: 012",
+        "2828 5505 5550 5595: 01 123",  # with a flag
+        "3025 5205 5295 2595 8095: 01 12 324",  # with a foot
+    ),
+    ("1528 3008 6005 8225 7050 4075 1293 9092: 0123456 67",),
+    ("1815 5005 7825 4247 8070 5095 1583: 0123 3456",),
+    ("3008 1455 8855 7012 6895: 01 12 34", "6505 1065 9265 6595: 01 12 03"),  # open, closed
+    ("8207 2807 2245 6040 8565 6093 1587: 01 12 23456",),
+    ("7006 3530 1768 4595 8072 5250: 0123452",),
+    ("1210 8708 6050 4095: 01 123", "1210 8708 6050 4095 3052 8250: 01 123 45"),  # with a bar
+    ("5048 2226 5005 7826 1674 5095 8474: 01230 04560",),
+    ("8028 5005 2028 4850 7860 7095: 01230 045", "8028 5005 2028 4850 8060 6293 2588: 01230 0456"),  # straight, curled
+)
 
 
 def draw(n, stream=0):
@@ -139,7 +49,7 @@ def draw(n, stream=0):
     )
     labels = np.argsort(_uniform(order_bits, (-(-n // 10), 10)), axis=1, kind="stable")
     labels = labels.reshape(-1)[:n].astype(np.uint8)
-    draws = _uniform(shape_bits, (n, _N_DRAWS))
+    draws = _uniform(shape_bits, (n, _N_JITTER + _N_SHAPE))
     noise = noise_bits.random_raw(n * SIZE * SIZE // 8).astype("<u8").view(np.uint8).reshape(n, SIZE, SIZE)
 
     images = np.empty((n, SIZE, SIZE), np.uint8)
@@ -160,38 +70,19 @@ def _uniform(bits, shape):
 
 
 def _render(glyph, draws, noise):
-    jitter, shape = draws[:, :-_N_SHAPE], draws[:, -_N_SHAPE:]
+    jitter, shape = draws[:, :_N_JITTER], draws[:, _N_JITTER:, None]
 
     def between(column, low, high):
-        return low + (high - low) * shape[:, column, None]
+        return low + (high - low) * shape[:, column]
 
-    points, strokes = glyph
-    points = np.array(points)
+    def between_for_pixels(column, low, high):
+        return between(column, low, high).astype(np.float32)[:, :, None]
+
+    points, strokes = glyph.split(": ")
+    points = np.array([(int(xy[:2]), int(xy[2:])) for xy in points.split()]) / 100
     n_points = len(points)
-    x = points[:, 0] - 0.5 + 0.14 * (jitter[:, :n_points] - 0.5)
-    y = points[:, 1] - 0.5 + 0.14 * (jitter[:, n_points : 2 * n_points] - 0.5)
-    x, y = _place(x, y, between)
-
-    # Square distance from each pixel to the nearest segment, and to the stray one.
-    nearest = np.full((len(draws), SIZE, SIZE), np.float32(1e9))
-    for stroke in strokes:
-        ends_x, ends_y = _spline(x, stroke), _spline(y, stroke)
-        for k in range(ends_x.shape[1] - 1):
-            _lower_to_segment(nearest, ends_x[:, k], ends_y[:, k], ends_x[:, k + 1], ends_y[:, k + 1])
-    stray = np.full_like(nearest, 1e9)
-    ends = [between(column, 0, SIZE - 1)[:, 0] for column in (7, 8)] + [
-        between(column, -6, 6)[:, 0] for column in (9, 10)
-    ]
-    _lower_to_segment(stray, ends[0], ends[1], ends[0] + ends[2], ends[1] + ends[3])
-
-    ink = _ink(nearest, between(5, 0.7, 1.9)) * between(6, 0.6, 1.0).astype(np.float32)[:, :, None]
-    ink = np.maximum(ink, _ink(stray, between(11, 0.2, 0.9)) * between(12, 0.0, 0.9).astype(np.float32)[:, :, None])
-    grain = (noise.astype(np.float32) - 127.5) * (between(13, 0.05, 0.35).astype(np.float32)[:, :, None])
-    return np.minimum(np.maximum(ink * 255 + grain, 0), 255).astype(np.uint8)
-
-
-def _place(x, y, between):
-    """Scales, slants, rotates and shifts points from the unit square around 0 to pixels."""
+    x, y = (points[:, i] - 0.5 + 0.14 * (jitter[:, i * n_points :][:, :n_points] - 0.5) for i in (0, 1))
+    # Scaled, slanted, rotated and shifted from the unit square around 0 to pixels.
     x = x * between(0, 10.0, 17.5)
     y = y * between(1, 14.0, 21.0)
     x = x + y * (0.5 * (between(15, 0, 1) - 0.5))
@@ -200,47 +91,48 @@ def _place(x, y, between):
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     x, y = x * cos - y * sin, x * sin + y * cos
     middle = (SIZE - 1) / 2
-    return x + middle + between(3, -3.0, 3.0), y + middle + between(4, -2.4, 2.4)
+    xy = np.stack([x + middle + between(3, -3.0, 3.0), y + middle + between(4, -2.4, 2.4)])
+
+    nearest = np.full((len(draws), SIZE, SIZE), np.float32(1e9))
+    for stroke in strokes.split():
+        curve = _spline(xy, [int(index) for index in stroke])
+        for start, end in zip(curve, curve[1:], strict=False):
+            np.minimum(nearest, _square_distance(start, end), out=nearest)
+    start = np.stack([between(column, 0, SIZE - 1)[:, 0] for column in (7, 8)])
+    stray = _square_distance(start, start + np.stack([between(column, -6, 6)[:, 0] for column in (9, 10)]))
+    ink = _ink(nearest, between_for_pixels(5, 0.7, 1.9)) * between_for_pixels(6, 0.6, 1.0)
+    ink = np.maximum(ink, _ink(stray, between_for_pixels(11, 0.2, 0.9)) * between_for_pixels(12, 0.0, 0.9))
+    grain = (noise.astype(np.float32) - 127.5) * between_for_pixels(13, 0.05, 0.35)
+    return np.clip(ink * 255 + grain, 0, 255).astype(np.uint8)
 
 
-def _spline(values, stroke):
-    """Catmull-Rom spline through the coordinates ``values[:, stroke]``, sampled; shape (n, samples)."""
-    closed = stroke[0] == stroke[-1]
-    before = (stroke[-2],) if closed else (stroke[0],)
-    after = (stroke[1],) if closed else (stroke[-1],)
-    knots = before + tuple(stroke) + after
+def _spline(xy, stroke):
+    """Samples, each of shape (2, n), of the Catmull-Rom spline through the points ``xy[:, :, stroke]``."""
+    is_closed = stroke[0] == stroke[-1]
+    knots = [stroke[-2 if is_closed else 0], *stroke, stroke[1 if is_closed else -1]]
     samples = []
-    for k in range(1, len(knots) - 2):
-        p0, p1, p2, p3 = (values[:, knots[k + i]] for i in (-1, 0, 1, 2))
+    for k in range(len(stroke) - 1):
+        p0, p1, p2, p3 = (xy[:, :, knot] for knot in knots[k : k + 4])
         for step in range(_SPLINE_STEPS):
             t = step / _SPLINE_STEPS
             cubic = (3 * p1 - p0 - 3 * p2 + p3) * t
             samples.append(0.5 * (2 * p1 + (p2 - p0 + (2 * p0 - 5 * p1 + 4 * p2 - p3 + cubic) * t) * t))
-    samples.append(values[:, stroke[-1]])
-    return np.stack(samples, axis=1)
+    return [*samples, xy[:, :, stroke[-1]]]
 
 
-def _lower_to_segment(nearest, ax, ay, bx, by):
-    """Lowers ``nearest`` to the square distance of each pixel from the segments a-b, one segment per image."""
-    dx, dy = bx - ax, by - ay
-    length2 = dx * dx + dy * dy + 1e-6
-    grid = np.arange(SIZE)
-    px, py = grid - ax[:, None], grid - ay[:, None]
-    along_x = (px * (dx / length2)[:, None]).astype(np.float32)[:, None, :]
-    along_y = (py * (dy / length2)[:, None]).astype(np.float32)[:, :, None]
-    t = along_x + along_y
-    np.maximum(t, 0, out=t)
-    np.minimum(t, 1, out=t)
-    off_x = px.astype(np.float32)[:, None, :] - t * dx.astype(np.float32)[:, None, None]
-    off_x *= off_x
-    t *= dy.astype(np.float32)[:, None, None]
-    off_y = np.subtract(py.astype(np.float32)[:, :, None], t, out=t)
-    off_y *= off_y
-    off_x += off_y
-    np.minimum(nearest, off_x, out=nearest)
+def _square_distance(start, end):
+    """Of each pixel from the segment between two points of shape (2, n), one segment an image."""
+    step = end - start
+    length2 = step[0] * step[0] + step[1] * step[1] + 1e-6
+    offset = np.arange(SIZE) - start[:, :, None]
+    along = (offset * (step / length2)[:, :, None]).astype(np.float32)
+    t = np.clip(along[0][:, None, :] + along[1][:, :, None], 0, 1)
+    offset, step = offset.astype(np.float32), step.astype(np.float32)[:, :, None, None]
+    off_x = offset[0][:, None, :] - t * step[0]
+    off_y = offset[1][:, :, None] - t * step[1]
+    return off_x * off_x + off_y * off_y
 
 
 def _ink(distance2, radius):
     """Coverage of a stroke of ``radius`` pixels with an edge one pixel soft."""
-    ink = np.float32(0.5) + radius.astype(np.float32)[:, :, None] - np.sqrt(distance2)
-    return np.minimum(np.maximum(ink, 0), 1)
+    return np.clip(np.float32(0.5) + radius - np.sqrt(distance2), 0, 1)

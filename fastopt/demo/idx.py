@@ -1,4 +1,4 @@
-"""Reads IDX files, the format of MNIST, packed by gzip or not, trusting nothing that the header claims."""
+"""Reads IDX files, the format of MNIST, packed by gzip or not."""
 
 import gzip
 import math
@@ -8,13 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_UINT8 = 0x08
-_PIECE_BYTES = 1 << 20
-
 
 class DataError(ValueError):
-    """A data file is missing or broken; the message names the file and what is wrong with it."""
+    """A data file is missing or broken; the message names the file and its fault."""
 
 
 def read_idx(path, n_dims):
@@ -30,40 +26,22 @@ def read_idx(path, n_dims):
     Raises:
         DataError: the file cannot be read, is not such a file, or holds fewer or more bytes than its header says.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == _GZIP_MAGIC
-        with (gzip.open if packed else open)(path, "rb") as file:
-            shape = _read_shape(file, path, n_dims)
-            return np.frombuffer(_read_bytes(file, path, shape), np.uint8).reshape(shape)
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read: {reason}") from error
-
-
-def _read_shape(file, path, n_dims):
-    magic = file.read(4)
-    expected = bytes((0, 0, _UINT8, n_dims))
-    if magic != expected:
-        raise DataError(f"{path}: magic bytes must be {expected.hex()}, got {magic.hex() or 'an empty file'}")
-    dims = file.read(4 * n_dims)
-    if len(dims) < 4 * n_dims:
-        raise DataError(f"{path}: truncated: header needs {4 + 4 * n_dims} bytes, got {4 + len(dims)}")
-    return struct.unpack(f">{n_dims}I", dims)
-
-
-def _read_bytes(file, path, shape):
-    """The bytes after the header, piece by piece: a huge shape in the header costs no memory that no byte fills."""
-    n_expected = math.prod(shape)
-    content = bytearray()
-    while len(content) <= n_expected:
-        piece = file.read(min(_PIECE_BYTES, n_expected + 1 - len(content)))
-        if not piece:
-            break
-        content += piece
-    if len(content) != n_expected:
-        wrong = "truncated" if len(content) < n_expected else "too long"
-        got = len(content) if len(content) < n_expected else "more"
-        raise DataError(f"{path}: {wrong}: shape {shape} needs {n_expected} bytes, got {got}")
-    return content
+    header = struct.Struct(f">4s{n_dims}I")
+    expected = bytes((0, 0, 8, n_dims))  # 8: of unsigned bytes
+    if content[:4] != expected:
+        raise DataError(f"{path}: magic bytes must be {expected.hex()}, got {content[:4].hex() or 'an empty file'}")
+    if len(content) < header.size:
+        raise DataError(f"{path}: truncated: header needs {header.size} bytes, got {len(content)}")
+    _, *shape = header.unpack_from(content)
+    n_expected, n_found = math.prod(shape), len(content) - header.size
+    if n_found != n_expected:
+        wrong, got = ("truncated", n_found) if n_found < n_expected else ("too long", "more")
+        raise DataError(f"{path}: {wrong}: shape {tuple(shape)} needs {n_expected} bytes, got {got}")
+    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape).copy()

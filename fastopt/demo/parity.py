@@ -1,8 +1,8 @@
-"""Judges whether the two trainings are the same training.
+"""Judges if the two trainings are the same training.
 
 Float32 trajectories part on their own: one rounding flips one ReLU, and Adam or RMSprop turns that into a step. So the
-demo does not only compare trajectories. In its first steps it also asks what no chaos can hide: on the same logits, is
-fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. What follows is held to looser rules.
+demo does not only compare trajectories. In its first steps it also compares single steps: on the same logits, is
+fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. Later steps have wider tolerances.
 """
 
 import math
@@ -31,7 +31,7 @@ Parity holds if
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether parity holds, why not, and the figures it was judged by.
+    """Parity holds or not, the reasons, and the figures it was judged by.
 
     ``diverged``: the losses of both trainings became NaN or too large, and they agreed until then.
     """
@@ -62,7 +62,7 @@ class Shadow:
 
     def check(self, torch_params, logits, labels):
         """One step after torch's: its parameters still hold the gradients that moved them."""
-        self.loss_errors.append(self._loss_error(logits, labels))
+        self.loss_errors.append(self._loss_error(logits.detach(), labels))
         for param, torch_param in zip(self.params, torch_params, strict=True):
             param.grad = torch_param.grad.clone()
         self.optimizer.step()
@@ -74,14 +74,13 @@ class Shadow:
     def _loss_error(self, logits, labels):
         values, grads = [], []
         for loss in (self.torch_loss, self.loss):
-            leaf = logits.detach().clone().requires_grad_()
+            leaf = logits.clone().requires_grad_()
             value = loss(leaf, labels)
-            (grad,) = torch.autograd.grad(value, leaf)
+            grads.append(torch.autograd.grad(value, leaf)[0].double())
             values.append(value.detach().double())
-            grads.append(grad.double())
-        allowed = LOSS_TOLERANCE * logits.detach().abs().max().clamp(min=1).double()
         value_error = (values[1] - values[0]).abs() / values[0].abs().clamp(min=1e-3)
         grad_error = (grads[1] - grads[0]).abs().max() / grads[0].abs().max().clamp(min=1e-30)
+        allowed = LOSS_TOLERANCE * logits.abs().max().clamp(min=1).double()
         return (torch.maximum(value_error, grad_error) / allowed).item()
 
 
@@ -93,25 +92,24 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
         torch_losses, fastopt_losses: loss of each step of the two trainings.
         torch_accuracy, fastopt_accuracy: on the test images, in percent.
     """
-    lost = [_first(losses, lambda loss: not loss < DIVERGED_LOSS) for losses in (torch_losses, fastopt_losses)]
-    both_lost = None not in lost
-    n_judged = lost[0] if both_lost else N_CHECKED_STEPS
+    sides = {"torch": torch_losses, "fastopt": fastopt_losses}
+    lost = {side: _first_false(loss < DIVERGED_LOSS for loss in losses) for side, losses in sides.items()}
+    both_lost = None not in lost.values()
+    n_judged = lost["torch"] if both_lost else N_CHECKED_STEPS
     reasons = []
-    for what, errors in (
+    for checked, errors in (
         ("on the same logits the losses", shadow.loss_errors[:n_judged]),
         # The step before torch's loss was lost has moved the weights out of what float32 holds.
         ("fed the same gradients the weights", shadow.update_errors[: max(0, n_judged - both_lost)]),
     ):
-        broken = _first(errors, lambda error: not error <= 1)  # NaN is broken too
+        broken = _first_false(error <= 1 for error in errors)  # as NaN is
         if broken is not None:
-            reasons.append(f"{what} differ in step {broken + 1} by {errors[broken]:.3g} times what is allowed")
+            reasons.append(f"{checked} differ in step {broken + 1} by {errors[broken]:.3g} times what is allowed")
     diverged = both_lost and not reasons
-    for side, losses, step in zip(("torch", "fastopt"), (torch_losses, fastopt_losses), lost, strict=True):
-        if step is not None:
-            reasons.append(f"{side}'s loss in step {step + 1} is {losses[step]:g}")
+    reasons += [f"{side}'s loss in step {i + 1} is {sides[side][i]:g}" for side, i in lost.items() if i is not None]
 
     n_end = max(1, len(torch_losses) // 5)
-    torch_end, fastopt_end = (sum(losses[-n_end:]) / n_end for losses in (torch_losses, fastopt_losses))
+    torch_end, fastopt_end = (sum(losses[-n_end:]) / n_end for losses in sides.values())
     end, allowed = abs(torch_end - fastopt_end), max(END_LOSS_TOLERANCE, torch_end / 4)
     if end > allowed and not diverged:
         reasons.append(f"mean losses of the last {n_end} steps differ by {end:.3f}, {allowed:.3f} allowed")
@@ -119,28 +117,20 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
     allowed = max(ACCURACY_TOLERANCE_PERCENT, (100 - torch_accuracy) / 4)
     if accuracy > allowed and not diverged:
         reasons.append(f"test accuracies differ by {accuracy:.2f} points, {allowed:.2f} allowed")
-
-    return Verdict(
-        ok=not reasons,
-        diverged=diverged,
-        reasons=tuple(reasons),
-        max_loss_error=largest(shadow.loss_errors),
-        max_update_error=largest(shadow.update_errors),
-        max_loss_difference=largest(abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)),
-        end_loss_difference=end,
-        accuracy_difference_percent=accuracy,
-    )
+    differences = [abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)]
+    errors = largest(shadow.loss_errors), largest(shadow.update_errors)
+    return Verdict(not reasons, diverged, tuple(reasons), *errors, largest(differences), end, accuracy)
 
 
 def _flat(params):
     return torch.cat([param.detach().flatten().double() for param in params])
 
 
-def _first(values, condition):
-    return next((index for index, value in enumerate(values) if condition(value)), None)
+def _first_false(values):
+    return next((index for index, value in enumerate(values) if not value), None)
 
 
 def largest(values):
     """The largest; NaN if any is NaN, which ``max`` would lose or keep by its place."""
     values = list(values)
-    return math.nan if any(math.isnan(value) for value in values) else max(values)
+    return math.nan if any(map(math.isnan, values)) else max(values)

@@ -1,6 +1,6 @@
 """The demo under torchrun: several processes train one model, each on its share of every batch.
 
-Gradients are averaged by :class:`torch.nn.parallel.DistributedDataParallel`. In a single process all this is nothing.
+Gradients are averaged by :class:`torch.nn.parallel.DistributedDataParallel`. In a single process it does nothing.
 """
 
 import contextlib
@@ -12,11 +12,7 @@ import torch.distributed as dist
 
 @contextlib.contextmanager
 def joined(device):
-    """The processes that torchrun has launched work together inside; ``device``: cpu or cuda.
-
-    Yields:
-        The device of this process.
-    """
+    """The processes that torchrun has launched work together inside; yields the device of this one."""
     if not is_launched():
         yield device
         return
@@ -26,24 +22,23 @@ def joined(device):
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield device
-        # Until its threads have let go of what Python gave them: one that does so while Python ends makes torch abort.
+        # Its threads must have released their Python objects: one that does so while Python ends makes torch abort.
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
 def is_launched():
-    """Whether torchrun has launched this process as one of several."""
+    """True if torchrun has launched this process as one of several."""
     return dist.is_available() and dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def count():
-    """How many processes work together."""
     return dist.get_world_size() if is_launched() else 1
 
 
 def rank():
-    """This process's number, from 0; the first one speaks for all."""
+    """This process's number, from 0; the first one prints and writes files."""
     return dist.get_rank() if is_launched() else 0
 
 
@@ -59,16 +54,15 @@ def parallel(model):
 
 def gathered(value):
     """The value of each process, in all of them."""
-    values = [value]
+    values = [value] * count()
     if is_launched():
-        values = [None] * count()
         dist.all_gather_object(values, value)
     return values
 
 
 @contextlib.contextmanager
 def first_before_others():
-    """What is inside is done by the first process, and then by the others."""
+    """The first process runs the body, then the others do."""
     if rank() > 0:
         dist.barrier()
     yield

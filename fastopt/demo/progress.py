@@ -11,9 +11,7 @@ class Progress:
     """Counts ``n_steps`` steps under ``label``; silent if ``quiet``."""
 
     def __init__(self, label, n_steps, *, quiet=False, stream=None):
-        self.label, self.n_steps, self.quiet = label, n_steps, quiet
-        self.stream = stream or sys.stderr
-        self.redraws = self.stream.isatty()
+        self.label, self.n_steps, self.quiet, self.stream = label, n_steps, quiet, stream or sys.stderr
         self.n_done, self.started, self.drawn = 0, time.monotonic(), 0.0
 
     def step(self):
@@ -21,18 +19,13 @@ class Progress:
         self.n_done += 1
         if self.quiet:
             return
-        now, last = time.monotonic(), self.n_done == self.n_steps
-        if self.redraws and (last or now - self.drawn >= _REDRAW_S):
+        now, is_last = time.monotonic(), self.n_done == self.n_steps
+        count = f"{self.n_done}/{self.n_steps} steps, {now - self.started:.0f} s"
+        if not self.stream.isatty():
+            if self.n_done * 4 // self.n_steps > (self.n_done - 1) * 4 // self.n_steps:
+                print(f"{self.label}: {count}", file=self.stream, flush=True)
+        elif is_last or now - self.drawn >= _REDRAW_S:
             self.drawn = now
-            filled = _WIDTH * self.n_done // self.n_steps
-            bar = "#" * filled + "." * (_WIDTH - filled)
-            self._write(f"\r{self.label:<9} [{bar}] {self._count(now)}" + "\n" * last)
-        elif not self.redraws and (last or self.n_done * 4 // self.n_steps > (self.n_done - 1) * 4 // self.n_steps):
-            self._write(f"{self.label}: {self._count(now)}\n")
-
-    def _count(self, now):
-        return f"{self.n_done}/{self.n_steps} steps, {now - self.started:.0f} s"
-
-    def _write(self, text):
-        self.stream.write(text)
-        self.stream.flush()
+            bar = "#" * (_WIDTH * self.n_done // self.n_steps)
+            end = "\n" if is_last else ""
+            print(f"\r{self.label:<9} [{bar:.<{_WIDTH}}] {count}", end=end, file=self.stream, flush=True)

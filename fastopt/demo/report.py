@@ -1,4 +1,4 @@
-"""Tells the outcome of the demo: tables in plain text, and everything as JSON."""
+"""Reports the outcome of the demo: tables in plain text, and everything as JSON."""
 
 import dataclasses
 import datetime
@@ -11,10 +11,11 @@ import torch
 
 import fastopt
 
+from ..bench.machine import processor
 from . import parity, processes
 
+ERRORS = ("max_loss_diff", "loss_err", "update_err")
 COLUMNS = ("forward", "loss", "backward", "optimizer", "step")
-SPEEDUP_ROW = "torch/fastopt"
 STOCK = {
     "default": "as it comes (foreach and fused not set)",
     "foreach": "with foreach=True",
@@ -32,7 +33,7 @@ the forward pass, so some of what torch does in backward is in its loss: look at
 
 
 def describe(config, digits, info):
-    """Lines that say what is compared with what, on which data and machine."""
+    """Lines about the two sides, the data and the machine."""
     n_processes = processes.count()
     batch = f"batch {config.batch_size}" + (f" shared by {n_processes} processes" if n_processes > 1 else "")
     return [
@@ -47,28 +48,22 @@ def describe(config, digits, info):
 
 def tables(comparisons):
     """The table of results, the table of times and the verdict, as one text."""
-    results = [
-        ("optimizer", "torch_impl", "torch_acc_%", "fastopt_acc_%", "max_loss_diff", "loss_err", "update_err", "parity")
-    ]
+    results = [("optimizer", "torch_impl", "torch_acc_%", "fastopt_acc_%", *ERRORS, "parity")]
     times = [("optimizer", "run", *(f"{column}_ms" for column in COLUMNS))]
     for outcome in comparisons:
         verdict = outcome.parity
-        results.append(
-            (
-                outcome.optimizer,
-                outcome.stock_implementation,
-                f"{outcome.torch['accuracy_percent']:.2f}",
-                f"{outcome.fastopt['accuracy_percent']:.2f}",
-                f"{verdict.max_loss_difference:.1e}",
-                f"{verdict.max_loss_error:.3f}",
-                f"{verdict.max_update_error:.3f}",
-                "ok" if verdict.ok else "diverged" if verdict.diverged else "BROKEN",
-            )
+        accuracies = (f"{side['accuracy_percent']:.2f}" for side in (outcome.torch, outcome.fastopt))
+        state = "ok" if verdict.ok else "diverged" if verdict.diverged else "BROKEN"
+        errors = (
+            f"{verdict.max_loss_difference:.1e} {verdict.max_loss_error:.3f} {verdict.max_update_error:.3f}".split()
         )
-        for run, name in (("torch", outcome.optimizer), ("fastopt", "")):
-            median_ms = getattr(outcome, run)["median_ms"]
-            times.append((name, run, *(f"{median_ms[column]:.3f}" for column in COLUMNS)))
-        times.append(("", SPEEDUP_ROW, *(f"{outcome.speedup[column]:.2f}x" for column in COLUMNS)))
+        results.append((outcome.optimizer, outcome.stock_implementation, *accuracies, *errors, state))
+        for name, run, values, form in (
+            (outcome.optimizer, "torch", outcome.torch["median_ms"], "{:.3f}"),
+            ("", "fastopt", outcome.fastopt["median_ms"], "{:.3f}"),
+            ("", "torch/fastopt", outcome.speedup, "{:.2f}x"),
+        ):
+            times.append((name, run, *(form.format(values[column]) for column in COLUMNS)))
     blocks = [_aligned(results, 2), LEGEND, _aligned(times, 2), FOOTNOTES, parity.CRITERION, _verdict(comparisons)]
     return "\n\n".join(blocks)
 
@@ -86,7 +81,11 @@ def to_json(config, digits, comparisons, info):
             "n_test": len(digits.test.labels),
         },
         "machine": {"processor": processor(), "platform": platform.platform(), "cpus": os.cpu_count()},
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "fastopt": version()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "fastopt": fastopt.__version__,
+        },
         "threads": torch.get_num_threads(),
         "processes": processes.count(),
         "fastopt": info,
@@ -97,23 +96,6 @@ def to_json(config, digits, comparisons, info):
     return json.dumps(_finite(content), indent=1, allow_nan=False, default=str)
 
 
-def version():
-    """fastopt's version, or None where it states none."""
-    return getattr(fastopt, "__version__", None)
-
-
-def processor():
-    """The processor's name as the system gives it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _verdict(comparisons):
     if all(outcome.parity.ok for outcome in comparisons):
         return "Parity holds."
@@ -122,23 +104,19 @@ def _verdict(comparisons):
         (False, "Parity is BROKEN:"),
         (True, "Both trainings diverged, so there is nothing to compare; a smaller --lr may help:"),
     ):
-        outcomes = [outcome for outcome in comparisons if not outcome.parity.ok and outcome.parity.diverged == diverged]
-        reasons = [f"  {outcome.optimizer}: {reason}" for outcome in outcomes for reason in outcome.parity.reasons]
+        those = [outcome for outcome in comparisons if outcome.parity.diverged == diverged]
+        reasons = [f"  {outcome.optimizer}: {reason}" for outcome in those for reason in outcome.parity.reasons]
         lines += [title, *reasons] if reasons else []
     return "\n".join(lines)
 
 
 def _aligned(rows, n_left):
     """Columns in fixed width, the first ``n_left`` flush left and the numbers flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if index < n_left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    columns = []
+    for index, cells in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) if index < n_left else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 def _finite(value):

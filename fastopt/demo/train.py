@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -10,31 +11,17 @@ import torch
 
 import fastopt
 
+from ..bench import tables
 from . import models, parity, processes
 
 PARTS = ("forward", "loss", "backward", "optimizer")
 N_WARMUP_STEPS = 5  # at most this many first steps, and at most half of all, count in no median
-
-
-@dataclass(frozen=True)
-class OptimizerCase:
-    """A row of the demo: the class name that torch.optim and fastopt share, and its arguments."""
-
-    name: str
-    arguments: dict
-
-
-OPTIMIZERS = {
-    "sgd": OptimizerCase("SGD", {"lr": 0.05}),
-    "momentum": OptimizerCase("SGD", {"lr": 0.02, "momentum": 0.9}),
-    "rmsprop": OptimizerCase("RMSprop", {"lr": 3e-4}),
-    "adam": OptimizerCase("Adam", {"lr": 1e-3}),
-}
+OPTIMIZERS = {row.label.lower(): row for row in tables.OPTIMIZERS if row.demo_lr is not None}
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to train and how; ``lr`` None takes each optimizer's own."""
+    """The training to run; ``lr`` None takes each optimizer's own."""
 
     model: str = "cnn"
     steps: int = 200
@@ -47,7 +34,7 @@ class Config:
 
 @dataclass
 class Side:
-    """One of the trainings: what it steps with, and the losses and times it has seen."""
+    """One of the trainings: its model, loss and optimizer, and the losses and times so far."""
 
     model: torch.nn.Module
     loss: torch.nn.Module
@@ -62,16 +49,17 @@ class Side:
             The logits.
         """
         stamps = [clock()]
-        self.optimizer.zero_grad()
-        stamps.append(clock())
-        logits = self.model(images)
-        stamps.append(clock())
-        loss = self.loss(logits, labels)
-        stamps.append(clock())
-        loss.backward()
-        stamps.append(clock())
-        self.optimizer.step()
-        stamps.append(clock())
+
+        def timed(function, *args):
+            result = function(*args)
+            stamps.append(clock())
+            return result
+
+        timed(self.optimizer.zero_grad)
+        logits = timed(self.model, images)
+        loss = timed(self.loss, logits, labels)
+        timed(loss.backward)
+        timed(self.optimizer.step)
         zero_grad_s, *parts_s = (end - start for start, end in itertools.pairwise(stamps))
         parts_s[-1] += zero_grad_s
         for part, seconds in zip(PARTS, parts_s, strict=True):
@@ -79,10 +67,15 @@ class Side:
         self.losses.append(loss.item())
         return logits
 
-    def median_ms(self):
-        """Median of each part after the warm-up, and their sum as ``step``: a stall in one part moves no median."""
-        parts = {part: _median(times) for part, times in self.times_ms.items()}
-        return {**parts, "step": sum(parts.values())}
+    def outcome(self, digits, device):
+        """Its losses, times and accuracy; ``step`` is the sum of medians, so that a stall in one part moves nothing."""
+        median_ms = {part: _median(times) for part, times in self.times_ms.items()}
+        return {
+            "losses": self.losses,
+            "times_ms": self.times_ms,
+            "median_ms": {**median_ms, "step": sum(median_ms.values())},
+            "accuracy_percent": accuracy_percent(self.model, digits, device),
+        }
 
 
 @dataclass(frozen=True)
@@ -101,73 +94,57 @@ class Comparison:
 def compare(name, config, digits, progress=lambda: None):
     """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`; of all processes, if there are several.
 
-    In the first steps fastopt also shadows torch, to tell a difference from chaos: see :mod:`fastopt.demo.parity`.
+    In the first steps fastopt also shadows torch, to separate errors from rounding: see :mod:`fastopt.demo.parity`.
 
     Args:
         config: what to train.
         digits: from :func:`fastopt.demo.data.load`.
         progress: called after every step.
     """
-    case = OPTIMIZERS[name]
-    arguments = dict(case.arguments) if config.lr is None else {**case.arguments, "lr": config.lr}
-    device = torch.device(config.device)
+    row, device = OPTIMIZERS[name], torch.device(config.device)
+    arguments = {"lr": row.demo_lr if config.lr is None else config.lr, **row.options}
+    stock, stock_implementation = _stock(row.torch_class, config)
+    ours_class = getattr(fastopt, row.name)
     start = models.build(config.model, config.seed).to(device)
-    stock_arguments, stock_implementation = _stock(case.name, config)
 
-    def our_optimizer(model):
-        return getattr(fastopt, case.name)(model.parameters(), **arguments)
+    def side(loss, optimizer_class, **more):
+        model = processes.parallel(copy.deepcopy(start))
+        return Side(model, loss, optimizer_class(model.parameters(), **arguments, **more))
 
-    model = processes.parallel(copy.deepcopy(start))
-    optimizer = getattr(torch.optim, case.name)(model.parameters(), **arguments, **stock_arguments)
-    theirs = Side(model, torch.nn.CrossEntropyLoss(), optimizer)
-    model = processes.parallel(copy.deepcopy(start))
-    ours = Side(model, fastopt.CrossEntropyLoss(), our_optimizer(model))
-    shadow = parity.Shadow(start, our_optimizer(start), ours.loss, theirs.loss)
+    theirs = side(torch.nn.CrossEntropyLoss(), row.torch_class, **stock)
+    ours = side(fastopt.CrossEntropyLoss(), ours_class)
+    shadow = parity.Shadow(start, ours_class(start.parameters(), **arguments), ours.loss, theirs.loss)
 
-    clock = _clock(device)
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     for step, batch in enumerate(_batches(len(digits.train.labels), config)):
         rows = processes.share(batch)
         images = digits.normalize(digits.train.images[rows].to(device))
         labels = digits.train.labels[rows].to(device)
-        for side in (theirs, ours) if step % 2 == 0 else (ours, theirs):
-            logits = side.step(images, labels, clock)
-            if side is theirs and step < parity.N_CHECKED_STEPS:
+        for each in (theirs, ours) if step % 2 == 0 else (ours, theirs):
+            logits = each.step(images, labels, clock)
+            if each is theirs and step < parity.N_CHECKED_STEPS:
                 shadow.check(list(theirs.model.parameters()), logits, labels)
         progress()
-    _exchange(theirs, ours, shadow)
-
-    outcomes = [
-        {
-            "losses": side.losses,
-            "times_ms": side.times_ms,
-            "median_ms": side.median_ms(),
-            "accuracy_percent": accuracy_percent(side.model, digits, device),
-        }
-        for side in (theirs, ours)
-    ]
-    accuracies = [outcome["accuracy_percent"] for outcome in outcomes]
-    medians = [outcome["median_ms"] for outcome in outcomes]
-    return Comparison(
-        name,
-        arguments,
-        stock_implementation,
-        *outcomes,
-        speedup={part: medians[0][part] / medians[1][part] for part in medians[0]},
-        parity=parity.judge(shadow, theirs.losses, ours.losses, *accuracies),
-    )
-
-
-def _exchange(theirs, ours, shadow):
-    """What each process saw of its share becomes what all saw: mean losses, largest errors."""
-    for side in (theirs, ours):
-        losses = processes.gathered(side.losses)
-        side.losses = [sum(parts) / len(parts) for parts in zip(*losses, strict=True)]
+    # Of each process's share: the mean of losses, the largest of errors.
+    for each in (theirs, ours):
+        each.losses = list(map(statistics.fmean, zip(*processes.gathered(each.losses), strict=True)))
     for errors in (shadow.loss_errors, shadow.update_errors):
         errors[:] = map(parity.largest, zip(*processes.gathered(errors), strict=True))
 
+    outcomes = [each.outcome(digits, device) for each in (theirs, ours)]
+    accuracies = [outcome["accuracy_percent"] for outcome in outcomes]
+    theirs_ms, ours_ms = (outcome["median_ms"] for outcome in outcomes)
+    speedup = {part: theirs_ms[part] / ours_ms[part] for part in theirs_ms}
+    verdict = parity.judge(shadow, theirs.losses, ours.losses, *accuracies)
+    return Comparison(name, arguments, stock_implementation, *outcomes, speedup, verdict)
+
 
 def accuracy_percent(model, digits, device):
-    """Share of the test images that ``model`` names right."""
+    """Share of the test images that ``model`` classifies correctly."""
     n_right = 0
     model = getattr(model, "module", model)
     parts = list(zip(digits.test.images.split(1000), digits.test.labels.split(1000), strict=True))
@@ -178,13 +155,15 @@ def accuracy_percent(model, digits, device):
     return 100 * sum(processes.gathered(n_right)) / len(digits.test.labels)
 
 
-def _stock(class_name, config):
+def _stock(cls, config):
     """Arguments that choose torch's implementation, and its name."""
+    known = inspect.signature(cls).parameters
     if config.stock == "default":
-        return {}, "default (foreach)" if config.device.startswith("cuda") else "default (for-loop)"
-    if config.stock == "fused" and "fused" not in inspect.signature(getattr(torch.optim, class_name)).parameters:
-        return {"foreach": True}, "foreach (no fused)"
-    return {config.stock: True}, config.stock
+        is_foreach = "foreach" in known and config.device.startswith("cuda")
+        return {}, f"default ({'foreach' if is_foreach else 'for-loop'})"
+    if config.stock in known:
+        return {config.stock: True}, config.stock
+    return ({"foreach": True}, f"foreach (no {config.stock})") if "foreach" in known else ({}, "for-loop")
 
 
 def _batches(n_images, config):
@@ -197,18 +176,5 @@ def _batches(n_images, config):
         yield order[step % n_per_epoch * config.batch_size :][: config.batch_size]
 
 
-def _clock(device):
-    """Seconds since some moment; on a GPU all its queued work is waited for first."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def clock():
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
 def _median(times):
-    kept = sorted(times[min(N_WARMUP_STEPS, len(times) // 2) :])
-    return kept[len(kept) // 2]
+    return statistics.median_high(times[min(N_WARMUP_STEPS, len(times) // 2) :])

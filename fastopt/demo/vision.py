@@ -1,4 +1,4 @@
-"""Imports torchvision where that can work, and says why where it cannot.
+"""Imports torchvision where that can work.
 
 The registry's torchvision is built for a CUDA torch. Beside a CPU torch its library does not load, and then its import
 fails on two operators that were never declared. Declaring their schemas, without kernels, lets datasets and transforms
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-_schemas = None  # torch.library.Library; the schemas live as long as it does
-
 
 @functools.cache
 def import_torchvision():
@@ -25,7 +23,7 @@ def import_torchvision():
     """
     try:
         if "torchvision" not in sys.modules and _library_is_broken():
-            _declare_schemas()
+            _declared_schemas()
         import torchvision
         import torchvision.datasets
         import torchvision.transforms
@@ -38,20 +36,20 @@ def _library_is_broken():
     spec = importlib.util.find_spec("torchvision")
     if spec is None:
         return False
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     names = ("_C.so", "_C_stable.so", "_C.pyd", "_C_stable.pyd")  # the latter on Windows
-    libraries = [file for folder in folders for name in names for file in folder.glob(name)]
-    for library in libraries:
-        try:
+    paths = [Path(folder) / name for folder in spec.submodule_search_locations or () for name in names]
+    libraries = [path for path in paths if path.exists()]
+    try:
+        for library in libraries:
             ctypes.CDLL(str(library))
-        except OSError:
-            return True
+    except OSError:
+        return True
     return not libraries
 
 
-def _declare_schemas():
-    global _schemas
-    if _schemas is None:
-        _schemas = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            _schemas.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+@functools.cache  # the schemas live as long as the library that is returned
+def _declared_schemas():
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
