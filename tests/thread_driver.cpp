@@ -47,7 +47,7 @@ std::vector<float> updated(const cpu::Threads& threads) {
     updates.push_back(item);
   }
   const AdamOptions options{1e-3, 0.9, 0.999, 1e-8, 0.01, false, false, true};
-  StepScalar scalars{0};
+  StepScalar scalars{0, true};
   for (int step = 1; step < 4; ++step) {
     const PackedRule rule = PackedRule::finished(kAdamId, Adam<float, false>::at_step(options, scalars));
     cpu::update(updates.data(), static_cast<int64_t>(updates.size()), &rule, threads);

@@ -41,7 +41,7 @@ __device__ __forceinline__ typename Rule::Options options_of(const PackedRule& s
 template <class Rule>
 __device__ __forceinline__ typename Rule::Scalars scalars_of(const PackedRule& source, const UpdateEntry& entry) {
   constexpr int kScalars = Rule::Scalars::kNumberCount;
-  typename Rule::Scalars scalars;
+  typename Rule::Scalars scalars{};
   if constexpr (kScalars > 0) {
     double numbers[kScalars];
 #pragma unroll
@@ -50,7 +50,8 @@ __device__ __forceinline__ typename Rule::Scalars scalars_of(const PackedRule& s
                        ? read_scalar(entry.kept[Rule::kStates + i], entry.double_scalars >> i & 1)
                        : source.scalars_before[i];
     }
-    memcpy(&scalars, numbers, sizeof(scalars));
+    memcpy(&scalars, numbers, sizeof(numbers));
+    scalars.are_float = entry.double_scalars == 0;
   }
   return scalars;
 }
@@ -191,7 +192,7 @@ __device__ __forceinline__ void advance_scalars(const UpdateEntry* entries, int 
       auto scalars = scalars_of<Rule>(rules[entry.rule], entry);
       Rule::at_step(options_of<Rule>(rules[entry.rule]), scalars);
       double numbers[kScalars];
-      memcpy(numbers, &scalars, sizeof(scalars));
+      memcpy(numbers, &scalars, sizeof(numbers));
 #pragma unroll
       for (int s = 0; s < kScalars; ++s) {
         write_scalar(entry.kept[Rule::kStates + s], entry.double_scalars >> s & 1, numbers[s]);

@@ -14,12 +14,20 @@ constexpr int count_names(const char* names) {
 
 }  // namespace fastopt
 
-// Fields of type double: options, as the operator's schema names them, or the numbers that a parameter's state keeps.
+// Fields of type double: options, as the operator's schema names them.
 // An option whose name ends in 1 or 2 is one of a pair in the param group: beta1 is betas[0].
 #define FASTOPT_NUMBERS(...)                            \
   double __VA_ARGS__;                                   \
   static constexpr const char* kNumbers = #__VA_ARGS__; \
   static constexpr int kNumberCount = ::fastopt::count_names(#__VA_ARGS__);
+
+// The numbers that a parameter's state keeps, each in a tensor of float32 or float64.
+#define FASTOPT_SCALARS(...)                                                     \
+  FASTOPT_NUMBERS(__VA_ARGS__)                                                   \
+  bool are_float; /* a number is rounded to float32 when stored */               \
+  FASTOPT_HD double stored(double number) const {                                \
+    return are_float ? static_cast<double>(static_cast<float>(number)) : number; \
+  }
 
 // Options that are true or false, after the numbers. `is_first_step` is not in a param group: it is true where the step
 // makes the parameter's states.
@@ -38,13 +46,14 @@ namespace fastopt {
 
 // The scalars of an optimizer whose parameters keep a count of steps only.
 struct StepScalar {
-  FASTOPT_NUMBERS(step)
+  FASTOPT_SCALARS(step)
 };
 
 // Of one whose parameters keep none.
 struct NoScalars {
   static constexpr const char* kNumbers = "";
   static constexpr int kNumberCount = 0;
+  bool are_float;
 };
 
 // An optimizer of one rule, which uses all states.

@@ -45,21 +45,22 @@ bool is_in_range(const Rule& rule, const typename Rule::Options& options) {
   return are_constants_finite || !are_finite;
 }
 
-// Scalars from their numbers, and back.
+// A rule's scalars from their values, and back.
 template <class Scalars>
-Scalars scalars_from(const double* numbers) {
+Scalars unpacked(const ScalarValues& values) {
   Scalars scalars{};
-  if constexpr (Scalars::kNumberCount > 0) memcpy(&scalars, numbers, sizeof(scalars));
+  if constexpr (Scalars::kNumberCount > 0) memcpy(&scalars, values.numbers, Scalars::kNumberCount * sizeof(double));
+  scalars.are_float = values.are_float;
   return scalars;
 }
 template <class Scalars>
 void write_numbers(const Scalars& scalars, double* numbers) {
-  if constexpr (Scalars::kNumberCount > 0) memcpy(numbers, &scalars, sizeof(scalars));
+  if constexpr (Scalars::kNumberCount > 0) memcpy(numbers, &scalars, Scalars::kNumberCount * sizeof(double));
 }
 
 template <class Rule>
-std::optional<PackedRule> finished_rule(int32_t id, const typename Rule::Options& options, const double* before) {
-  auto scalars = scalars_from<typename Rule::Scalars>(before);
+std::optional<PackedRule> finished_rule(int32_t id, const typename Rule::Options& options, const ScalarValues& before) {
+  auto scalars = unpacked<typename Rule::Scalars>(before);
   const Rule rule = Rule::at_step(options, scalars);
   if (sizeof(typename Rule::Real) < sizeof(double) && !is_in_range(rule, options)) return std::nullopt;
   PackedRule packed = PackedRule::finished(id, rule);
@@ -89,7 +90,7 @@ struct Entry {
     return f.template operator()<0>();
   }
 
-  static std::optional<PackedRule> rule(DType dtype, const OptionValues& values, const double* scalars) {
+  static std::optional<PackedRule> rule(DType dtype, const OptionValues& values, const ScalarValues& scalars) {
     const Options options = unpacked<Options>(values);
     return with_variant(options, [&]<int kVariant>() {
       constexpr int32_t id = rule_id(kOptimizer, kVariant);
@@ -99,12 +100,12 @@ struct Entry {
     });
   }
 
-  static PackedRule unfinished_rule(const OptionValues& values, const double* scalars, const DeviceLr& lr) {
+  static PackedRule unfinished_rule(const OptionValues& values, const ScalarValues& scalars, const DeviceLr& lr) {
     const Options options = unpacked<Options>(values);
     return with_variant(options, [&]<int kVariant>() {
       using Rule = typename Type::template Rule<float, kVariant>;
       PackedRule packed = PackedRule::unfinished<Rule>(rule_id(kOptimizer, kVariant), options, lr.memory, lr.dtype);
-      auto after = scalars_from<typename Rule::Scalars>(scalars);
+      auto after = unpacked<typename Rule::Scalars>(scalars);
       write_numbers(after, packed.scalars_before);
       Rule::at_step(options, after);
       write_numbers(after, packed.scalars_after);

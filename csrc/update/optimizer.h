@@ -42,9 +42,9 @@ struct Optimizer {
   double (*initial_value)(const OptionValues& options, std::string_view name);
   // The rule of one step, after the scalars before it; nothing where a constant is too large for float32, in which the
   // tensors are computed: torch raises there.
-  std::optional<PackedRule> (*rule)(DType dtype, const OptionValues& options, const double* scalars);
+  std::optional<PackedRule> (*rule)(DType dtype, const OptionValues& options, const ScalarValues& scalars);
   // The same where scalars or lr are in a GPU's memory.
-  PackedRule (*unfinished_rule)(const OptionValues& options, const double* scalars, const DeviceLr& lr);
+  PackedRule (*unfinished_rule)(const OptionValues& options, const ScalarValues& scalars, const DeviceLr& lr);
 
   double& number(OptionValues& options, int i) const { return reinterpret_cast<double*>(options.bytes)[i]; }
   bool& flag(OptionValues& options, int i) const {

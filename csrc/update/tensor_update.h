@@ -13,6 +13,13 @@ constexpr int kMaxScalars = 2;  // numbers that a parameter's state keeps: its c
 constexpr int kMaxKept = 4;     // of both
 constexpr int kMaxRuleBytes = 96;
 
+// The numbers that a parameter's state keeps, in memory of float32 or of float64.
+struct ScalarValues {
+  double numbers[kMaxScalars] = {};
+  bool are_float = true;
+  friend bool operator==(const ScalarValues&, const ScalarValues&) = default;
+};
+
 // A rule of one step, as bytes: float for all stored types but double. Finished; or, where scalars or lr lie on a GPU,
 // the rule's Options, for the kernel to finish.
 struct PackedRule {

@@ -25,7 +25,7 @@ class PlainOptimizer(Optimizer):
             if param.grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             state = self.state[param]
-            for key, tensors in zip(self._schema.state_keys, state_lists, strict=True):
+            for key, tensors in zip(self._operator.state_keys, state_lists, strict=True):
                 if key not in state:
                     state[key] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 tensors.append(state[key])

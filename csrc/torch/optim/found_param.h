@@ -68,13 +68,16 @@ inline const char* fault_of_scalar(const at::Tensor& scalar) {
   return scalar.is_inference() ? "a step was made in inference mode" : nullptr;
 }
 
-// Reads a scalar. Returns why it cannot be read on the CPU, or null. Raises RuntimeError if its memory has been freed.
-inline const char* read_cpu_scalar(const at::Tensor& scalar, double& value) {
+// Reads the k-th scalar. Returns why it cannot be read on the CPU, or null. Raises RuntimeError if its memory has been
+// freed.
+inline const char* read_cpu_scalar(const at::Tensor& scalar, int k, ScalarValues& values) {
   if (const char* fault = fault_of_scalar(scalar)) return fault;
   if (!is_plain_cpu(scalar)) return "a step is not in CPU memory";
   check_backed(scalar, "a step");
-  value = read_scalar(scalar.const_data_ptr(), scalar.scalar_type() == at::kDouble);
-  return value >= 0 ? nullptr : "a step is negative";
+  const bool is_double = scalar.scalar_type() == at::kDouble;
+  values.numbers[k] = read_scalar(scalar.const_data_ptr(), is_double);
+  values.are_float &= !is_double;
+  return values.numbers[k] >= 0 ? nullptr : "a step is negative";
 }
 
 }  // namespace fastopt

@@ -67,7 +67,7 @@ class NewStates {
   };
 
   at::Tensor made(const StepGroup& group, const at::Tensor& param, int k) const {
-    at::AutoDispatchBelowADInplaceOrView guard;  // a fresh tensor has version 0
+    at::AutoDispatchBelowADInplaceOrView guard;                // a fresh tensor has version 0
     if (group.has_first_step_flag) return empty_state(param);  // the rule fills it
     const double value = optimizer_.initial_value(group.options, name_of(group.kept_keys[k]));
     if (k < group.n_states) {

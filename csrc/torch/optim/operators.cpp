@@ -40,10 +40,13 @@ class UpdateCall {
     TORCH_CHECK(!batch.has_overlap(), name(), ": tensors share memory");
     for (size_t i = 0; i < params_.size(); ++i) {
       const bool is_on_device = batch.has_scalars_on_device(i);
-      double numbers[kMaxScalars] = {};
-      for (size_t k = 0; !is_on_device && k < scalars_.size(); ++k) numbers[k] = scalars_[k][i].item().toDouble();
-      const auto rule = is_on_device ? optimizer_.unfinished_rule(options_, numbers, {})
-                                     : optimizer_.rule(batch.dtype(i), options_, numbers);
+      ScalarValues values;
+      for (size_t k = 0; !is_on_device && k < scalars_.size(); ++k) {
+        values.numbers[k] = scalars_[k][i].item().toDouble();
+        values.are_float &= scalars_[k][i].scalar_type() == at::kFloat;
+      }
+      const auto rule = is_on_device ? optimizer_.unfinished_rule(options_, values, {})
+                                     : optimizer_.rule(batch.dtype(i), options_, values);
       TORCH_CHECK(rule, "value cannot be converted to type float without overflow");  // as torch says it
       batch.set_rule(i, batch.add_rule(*rule));
     }

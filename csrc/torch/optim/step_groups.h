@@ -31,7 +31,7 @@ struct StepGroup {
 struct StepInput {
   bool is_first = false;               // the step makes the parameter's states
   bool has_scalars_on_device = false;  // then those below are 0
-  std::array<double, kMaxScalars> scalars{};
+  ScalarValues scalars;
   friend bool operator==(const StepInput&, const StepInput&) = default;
 };
 
@@ -83,9 +83,9 @@ class StepGroups {
     const at::Tensor& lr = groups_[group].device_lr;
     if (input.has_scalars_on_device || lr.defined()) {
       const DeviceLr device_lr = lr.defined() ? DeviceLr{lr.const_data_ptr(), *dtype_of(lr)} : DeviceLr{};
-      last_rule_ = batch.add_rule(optimizer_.unfinished_rule(options, input.scalars.data(), device_lr));
+      last_rule_ = batch.add_rule(optimizer_.unfinished_rule(options, input.scalars, device_lr));
     } else {
-      const auto rule = optimizer_.rule(dtype, options, input.scalars.data());
+      const auto rule = optimizer_.rule(dtype, options, input.scalars);
       if (!rule) return -1;
       last_rule_ = batch.add_rule(*rule);
     }

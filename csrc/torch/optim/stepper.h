@@ -212,7 +212,7 @@ class Stepper {
         if (scalar.device() != param.device()) return "a step is on another device";
       } else {
         if (group.is_capturable || is_scaled_) return "a step is not on its parameter's device";
-        if (const char* fault = read_cpu_scalar(scalar, input.scalars[k])) return fault;
+        if (const char* fault = read_cpu_scalar(scalar, k, input.scalars)) return fault;
       }
     }
     tensors.has_scalars_on_device = input.has_scalars_on_device;
@@ -277,7 +277,7 @@ class Stepper {
     if (found.lacks_some) return false;
     Entry entry{listed.group};
     for (int k = 0; k < found.tensors.n_scalars; ++k) {
-      if (read_cpu_scalar(*found.tensors.kept[found.tensors.n_states + k], entry.input.scalars[k])) return false;
+      if (read_cpu_scalar(*found.tensors.kept[found.tensors.n_states + k], k, entry.input.scalars)) return false;
     }
     entries_[listed.place] = entry;
     return place(found.tensors, listed.place);
