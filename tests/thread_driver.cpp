@@ -105,7 +105,7 @@ int count_wrong() {
 
 int main() {
   int n_wrong = count_wrong();
-  cpu::stream_beyond(0);
+  cpu::set_streaming_threshold(0);
   n_wrong += count_wrong();
   std::printf("%d results differ from one thread's\n", n_wrong);
   return n_wrong != 0;

@@ -17,13 +17,13 @@
 namespace fastopt::cpu {
 namespace {
 
-// Rows up to this many classes are transposed, so that a vector holds many rows instead of a part of one; rows of more
-// classes where there are enough of them to fill most of a tile's lanes.
-// Float64, whose vectors hold half as many, is as fast as a row from fewer classes on.
+// Rows of up to this many classes are transposed, so that a vector holds many rows instead of a part of one; rows of
+// more classes too if there are enough rows to fill most of a tile's lanes. For float64, whose vectors hold half as
+// many, the row kernel is as fast from fewer classes on.
 constexpr int64_t kMaxNarrowClasses = 127, kMaxNarrowDoubles = 64;
 constexpr int64_t kMaxClassesOfManyRows = 223, kManyRows = 24;
 static_assert(kMaxNarrowClasses >= kLanes && kMaxNarrowDoubles >= kLanes, "a row has at least kLanes classes");
-// Elements that are copied into tiles at once: long runs of an image's positions, in the second-level cache.
+// Elements that are copied into tiles at once: long runs of an image's positions that fit the second-level cache.
 constexpr int64_t kTileElements = 32768;
 constexpr int64_t kMaxRun = 512;
 // Columns of more classes are copied into rows; so are those of an image of so few positions with more classes than
@@ -31,27 +31,27 @@ constexpr int64_t kMaxRun = 512;
 constexpr int64_t kMaxTileClasses = 4096;
 constexpr int64_t kMinTilePositions = kTileWidth, kMaxShortTileClasses = 256;
 
-enum class Walk : int8_t { kTiles, kRows, kGathered };
+enum class KernelKind : int8_t { kTiles, kRows, kGathered };
 
-Walk walk_of(const LogitLayout& layout, DType dtype) {
+KernelKind kernel_kind(const LogitLayout& layout, DType dtype) {
   if (layout.is_rows()) {
     const int64_t max_narrow = dtype == DType::kFloat64      ? kMaxNarrowDoubles
                                : layout.n_outer >= kManyRows ? kMaxClassesOfManyRows
                                                              : kMaxNarrowClasses;
-    return layout.n_classes <= max_narrow ? Walk::kTiles : Walk::kRows;
+    return layout.n_classes <= max_narrow ? KernelKind::kTiles : KernelKind::kRows;
   }
-  // By the image, not by how many there are: a position's loss does not depend on other images.
+  // By the size of an image, not by their number: a position's loss must not depend on other images.
   const bool is_short = layout.n_inner < kMinTilePositions;
   const bool is_large = layout.n_classes > (is_short ? kMaxShortTileClasses : kMaxTileClasses);
-  return is_large ? Walk::kGathered : Walk::kTiles;
+  return is_large ? KernelKind::kGathered : KernelKind::kTiles;
 }
 
 // Positions of one task, the same whatever the number of threads: a whole number of tiles, or of rows.
-int64_t task_width(const LogitLayout& layout, Walk walk) {
+int64_t task_width(const LogitLayout& layout, KernelKind kernel) {
   const int64_t n_logits = layout.is_rows() ? kLogitsPerTask : kTileElements;
   const int64_t width = std::max<int64_t>(n_logits / layout.n_classes, 1);
-  if (walk == Walk::kRows) return width;
-  if (walk == Walk::kTiles) {
+  if (kernel == KernelKind::kRows) return width;
+  if (kernel == KernelKind::kTiles) {
     if (!layout.is_rows() && layout.n_inner <= kMaxShortRun) return kTileWidth / layout.n_inner * layout.n_inner;
     return std::min(divide_up(width, kTileWidth) * kTileWidth, kMaxRun);
   }
@@ -61,7 +61,7 @@ int64_t task_width(const LogitLayout& layout, Walk walk) {
   return even <= 2 ? even : divide_up(even, 4) * 4;
 }
 
-// The last cache that a processor shares with its neighbours. sysconf gives the sum of all of them on some machines.
+// Size of the last-level cache of one processor. sysconf returns the sum over all of them on some machines.
 int64_t last_level_cache() {
   int64_t n_kibibytes = 0;
   if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
@@ -84,7 +84,7 @@ void with_logit_type(const CrossEntropyProblem& p, F&& f) {
 }
 
 bool streams_gradient(const CrossEntropyProblem& p) {
-  // Over the logits, each line has been read in any case.
+  // A gradient that overwrites the logits gains nothing: each line has been read in any case.
   if (!kCanStream || !p.grad || p.grad == p.logits) return false;
   int64_t n_bytes = 0;
   with_logit_type(p, [&](auto stored) {
@@ -92,14 +92,14 @@ bool streams_gradient(const CrossEntropyProblem& p) {
     const LogitLayout& layout = p.logits_layout;
     n_bytes = layout.n_outer * layout.n_classes * layout.n_inner * (sizeof(S) + sizeof(gradient_t<S>));
   });
-  return is_beyond_caches(n_bytes);
+  return exceeds_caches(n_bytes);
 }
 
-// `n` positions from `first` on, as tiles side by side; the sum of their losses.
+// Computes `n` positions from `first` on as adjacent tiles; returns the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
+double run_tiles(CrossEntropyCall& call, int64_t first, int64_t n) {
   using T = compute_t<S>;
-  const CrossEntropyProblem& p = run.problem;
+  const CrossEntropyProblem& p = call.problem;
   const LogitLayout& layout = p.logits_layout;
   const int64_t n_classes = layout.n_classes;
 
@@ -114,7 +114,7 @@ double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
   };
   T* values = read(p.logits, layout, 1);
   const T* probabilities = has_index(kTarget) ? nullptr : read(p.probabilities, p.probabilities_layout, 2);
-  const TileView ahead{layout, first + n, n};
+  const PositionRange next{layout, first + n, n};
   CompensatedSum sum;
   for (int64_t i = 0; i < n; i += tile_width(n - i)) {
     Tile<T> tile{};
@@ -122,13 +122,13 @@ double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
     tile.stride = width;
     tile.n_classes = n_classes;
     tile.ignore_index = p.ignore_index;
-    tile.ahead = static_cast<const S*>(p.logits) + ahead.offset(i);
-    // The logits of rows lie one after the other: with each class, as many are fetched as it has positions.
-    tile.ahead_stride = (layout.is_rows() ? kTileWidth : layout.class_stride) * static_cast<int64_t>(sizeof(S));
+    tile.prefetch = static_cast<const S*>(p.logits) + next.offset(i);
+    // The logits of rows are contiguous: with each class, as many are prefetched as the tile has positions.
+    tile.prefetch_stride = (layout.is_rows() ? kTileWidth : layout.class_stride) * static_cast<int64_t>(sizeof(S));
     tile.n_positions = std::min(tile_width(n - i), n - i);
     int64_t targets[kTileWidth];
     if constexpr (has_index(kTarget)) {
-      run.read_targets(first + i, tile.n_positions, targets);
+      call.read_targets(first + i, tile.n_positions, targets);
       std::fill(targets + tile.n_positions, targets + kTileWidth, p.ignore_index);
       tile.target = targets;
     } else {
@@ -143,7 +143,7 @@ double run_tiles(CrossEntropyRun& run, int64_t first, int64_t n) {
     for (int64_t j = 0; p.losses && j < tile.n_positions; ++j) store_loss<S>(p, first + i + j, losses[j]);
   }
   if constexpr (kWantsGrad) {
-    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad), {p.grad_layout, first, n}, buffer, run.streams);
+    write_tile(values, width, static_cast<gradient_t<S>*>(p.grad), {p.grad_layout, first, n}, buffer, call.streams);
   }
   return sum.total();
 }
@@ -165,7 +165,7 @@ double weight_of(const CrossEntropyProblem& p, int64_t c) {
                                     : static_cast<double>(static_cast<const float*>(p.weight)[c]);
 }
 
-// The sum of the weights of the targets [begin, end) that count.
+// The sum of the weights of the targets [begin, end) that are not ignored.
 template <class T>
 FASTOPT_HD double sum_target_weights(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
   constexpr int64_t kTogether = 16 * kLanes;
@@ -186,7 +186,7 @@ FASTOPT_HD double sum_target_weights(const CrossEntropyProblem& p, int64_t begin
   return sum.total();
 }
 
-// Of the targets [begin, end).
+// The tally of the targets [begin, end).
 FASTOPT_CLONES TargetTally tally_part(const CrossEntropyProblem& p, int64_t begin, int64_t end) {
   TargetTally part;
   const int64_t ignore_index = p.ignore_index, n_classes = p.logits_layout.n_classes;
@@ -242,23 +242,23 @@ double sum_weights(const CrossEntropyProblem& p) {
   return sum_of(p.logits_layout.n_classes, [&](int64_t c) { return weight_of(p, c); });
 }
 
-int64_t stream_beyond(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
+int64_t set_streaming_threshold(int64_t n_bytes) { return max_cached_bytes().exchange(n_bytes); }
 
-bool is_beyond_caches(int64_t n_bytes) { return n_bytes > max_cached_bytes().load(std::memory_order_relaxed); }
+bool exceeds_caches(int64_t n_bytes) { return n_bytes > max_cached_bytes().load(std::memory_order_relaxed); }
 
-bool has_totals(const LogitLayout& layout, DType dtype) { return walk_of(layout, dtype) == Walk::kRows; }
+bool uses_totals(const LogitLayout& layout, DType dtype) { return kernel_kind(layout, dtype) == KernelKind::kRows; }
 
 bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double* loss_sum) {
   const LogitLayout& layout = p.logits_layout;
   const int64_t n_positions = layout.n_outer * layout.n_inner;
-  const Walk walk = walk_of(layout, p.dtype);
-  const int64_t width = task_width(layout, walk);
-  // Positions among which a task's lie.
-  const int64_t n_line = walk == Walk::kGathered ? layout.n_inner : n_positions;
+  const KernelKind kernel = kernel_kind(layout, p.dtype);
+  const int64_t width = task_width(layout, kernel);
+  // A task's positions lie in one line of this many.
+  const int64_t n_line = kernel == KernelKind::kGathered ? layout.n_inner : n_positions;
   const int64_t tasks_per_line = divide_up(n_line, width);
   const int64_t n_tasks = n_positions / n_line * tasks_per_line;
 
-  CrossEntropyRun run{p, streams_gradient(p)};
+  CrossEntropyCall call{p, streams_gradient(p)};
   std::vector<double> sums(n_tasks);
   with_logit_type(p, [&](auto stored) {
     using S = decltype(stored);
@@ -268,25 +268,25 @@ bool cross_entropy(const CrossEntropyProblem& p, const Threads& threads, double*
         constexpr bool kWantsGrad = decltype(wants_grad)::value;
         const Threads runners = at_most(threads, n_positions * layout.n_classes);
         share_tasks(runners, n_tasks, [&](auto&& next) {
-          RowRun<S, kTarget, kWantsGrad> run_rows(run);
+          RowWorker<S, kTarget, kWantsGrad> run_rows(call);
           for (int64_t task = next(); task < n_tasks; task = next()) {
             const int64_t of_line = (task % tasks_per_line) * width;
             const int64_t first = task / tasks_per_line * n_line + of_line, n = std::min(width, n_line - of_line);
-            switch (walk) {
-              case Walk::kTiles: sums[task] = run_tiles<S, kTarget, kWantsGrad>(run, first, n); break;
-              case Walk::kRows: sums[task] = run_rows(first, first + n); break;
-              case Walk::kGathered: sums[task] = run_gathered<S, kTarget, kWantsGrad>(run, first, n); break;
+            switch (kernel) {
+              case KernelKind::kTiles: sums[task] = run_tiles<S, kTarget, kWantsGrad>(call, first, n); break;
+              case KernelKind::kRows: sums[task] = run_rows(first, first + n); break;
+              case KernelKind::kGathered: sums[task] = run_gathered<S, kTarget, kWantsGrad>(call, first, n); break;
             }
           }
           run_rows.end();
           release_large_scratch();
-          if (run.streams) end_streaming();
+          if (call.streams) end_streaming();
         });
       });
     });
   });
   *loss_sum = sum_of(n_tasks, [&](int64_t task) { return sums[task]; });
-  return !run.has_bad_target;
+  return !call.has_bad_target;
 }
 
 }  // namespace fastopt::cpu

@@ -18,18 +18,18 @@ TargetTally tally_targets(const CrossEntropyProblem& problem, const Threads& thr
 // The sum of the weights of all classes.
 double sum_weights(const CrossEntropyProblem& problem);
 
-// Whether `totals` of a problem are found and used.
-bool has_totals(const LogitLayout& layout, DType dtype);
+// True if the kernel for this layout stores and reuses a problem's `totals`.
+bool uses_totals(const LogitLayout& layout, DType dtype);
 
-// Sets the bytes of logits and gradient beyond which a gradient is written past the caches; returns what it was, at
-// first the size of the last cache. For tests.
-int64_t stream_beyond(int64_t n_bytes);
+// Sets the bytes of logits and gradient beyond which a gradient is written past the caches; returns the previous
+// number, initially the size of the last-level cache. For tests.
+int64_t set_streaming_threshold(int64_t n_bytes);
 
-// Whether logits and gradient of so many bytes are streamed.
-bool is_beyond_caches(int64_t n_bytes);
+// True if the gradient is streamed where logits and gradient have n_bytes.
+bool exceeds_caches(int64_t n_bytes);
 
-// Finds the sum of the losses; the same for any number of threads. 0 where totals are used: the loss is known.
-// Returns false if a target has become something that is not a class since the targets were tallied.
+// Computes the sum of the losses, the same for any number of threads; 0 where totals are used, since the loss is known.
+// Returns false if a target has been changed to something that is not a class since the targets were tallied.
 bool cross_entropy(const CrossEntropyProblem& problem, const Threads& threads, double* loss_sum);
 
 }  // namespace fastopt::cpu

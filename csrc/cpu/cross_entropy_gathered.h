@@ -16,47 +16,47 @@ namespace fastopt::cpu {
 constexpr int64_t kMaxGathered = 16;      // positions: a line of float
 constexpr int64_t kGatheredClasses = 64;  // that are copied at once
 
-// rows[j * row_stride + c] = from[offset of position j + c * class_stride] for the classes c and positions j of a view,
-// which are of one image.
+// rows[j * row_stride + c] = from[offset of position j + c * class_stride] for all classes c and the positions j of a
+// range, which lies in one image.
 template <class S>
-FASTOPT_CLONES void gather_rows(const S* from, const TileView& view, compute_t<S>* rows, int64_t row_stride) {
+FASTOPT_CLONES void gather_rows(const S* from, const PositionRange& range, compute_t<S>* rows, int64_t row_stride) {
   using T = compute_t<S>;
-  const int64_t stride = view.layout.class_stride, n_classes = view.layout.n_classes;
-  from += view.offset(0);
+  const int64_t stride = range.layout.class_stride, n_classes = range.layout.n_classes;
+  from += range.offset(0);
   for (int64_t c = 0; c < n_classes; c += kGatheredClasses) {
     const int64_t n = std::min(kGatheredClasses, n_classes - c);
     if constexpr (std::is_same_v<S, T>) {
-      transpose(from + c * stride, stride, rows + c, row_stride, n, view.n);
+      transpose(from + c * stride, stride, rows + c, row_stride, n, range.n);
     } else {
       T buffer[kGatheredClasses * kMaxGathered];
-      convert_runs(from + c * stride, stride, buffer, view.n, n, view.n);
-      transpose(buffer, view.n, rows + c, row_stride, n, view.n);
+      convert_runs(from + c * stride, stride, buffer, range.n, n, range.n);
+      transpose(buffer, range.n, rows + c, row_stride, n, range.n);
     }
   }
 }
 
-// The other way round.
+// The inverse of gather_rows.
 template <class T, class G>
-FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const TileView& view) {
-  const int64_t stride = view.layout.class_stride, n_classes = view.layout.n_classes;
-  to += view.offset(0);
+FASTOPT_CLONES void scatter_rows(const T* rows, int64_t row_stride, G* to, const PositionRange& range) {
+  const int64_t stride = range.layout.class_stride, n_classes = range.layout.n_classes;
+  to += range.offset(0);
   for (int64_t c = 0; c < n_classes; c += kGatheredClasses) {
     const int64_t n = std::min(kGatheredClasses, n_classes - c);
     if constexpr (std::is_same_v<T, G>) {
-      transpose(rows + c, row_stride, to + c * stride, stride, view.n, n);
+      transpose(rows + c, row_stride, to + c * stride, stride, range.n, n);
     } else {
       T buffer[kGatheredClasses * kMaxGathered];
-      transpose(rows + c, row_stride, buffer, view.n, view.n, n);
-      convert_runs(buffer, view.n, to + c * stride, stride, n, view.n);
+      transpose(rows + c, row_stride, buffer, range.n, range.n, n);
+      convert_runs(buffer, range.n, to + c * stride, stride, n, range.n);
     }
   }
 }
 
-// `n` positions of one image, from `first` on; the sum of their losses.
+// Computes `n` positions of one image from `first` on; returns the sum of their losses.
 template <class S, TargetKind kTarget, bool kWantsGrad>
-double run_gathered(CrossEntropyRun& run, int64_t first, int64_t n) {
+double run_gathered(CrossEntropyCall& call, int64_t first, int64_t n) {
   using T = compute_t<S>;
-  const CrossEntropyProblem& p = run.problem;
+  const CrossEntropyProblem& p = call.problem;
   const int64_t n_classes = p.logits_layout.n_classes;
   // An odd number of lines, or the rows' lines would lie in few sets of the caches and push each other out.
   constexpr int64_t kPerLine = kLineBytes / static_cast<int64_t>(sizeof(T));
@@ -81,7 +81,7 @@ double run_gathered(CrossEntropyRun& run, int64_t first, int64_t n) {
     double loss = 0;
     bool is_kept = true;
     if constexpr (has_index(kTarget)) {
-      is_kept = read_target(run, first + j, row, terms);
+      is_kept = read_target(call, first + j, row, terms);
     } else {
       row.probabilities = probabilities + j * row_stride;
     }

@@ -1,5 +1,5 @@
 // Cross-entropy of wide rows (contiguous classes), block by block: each logit is read from memory once.
-// Where loss and gradient are computed apart, the gradient reads it once more, and has the loss's sums.
+// Where loss and gradient are computed separately, the gradient reads it once more and reuses the loss's sums.
 #pragma once
 
 #include <algorithm>  // min
@@ -16,18 +16,18 @@ namespace fastopt::cpu {
 // A row has at least kLanes classes. Logits of a block and their exponentials stay in the first-level cache. The last
 // block has up to kLanes more, so that none has fewer than kLanes.
 constexpr int64_t kRowBlock = 2048, kMaxRowBlock = kRowBlock + kLanes;
-// Memory is fetched so many logits before they are read: the block after next.
-constexpr int64_t kFetchAhead = 2 * kRowBlock;
-// As a row's target, where it is not among the row's classes.
-constexpr int64_t kTargetElsewhere = -1;
+// Prefetch distance, in logits: the block after next.
+constexpr int64_t kPrefetchDistance = 2 * kRowBlock;
+// Row::target where the target's class is in another process's shard.
+constexpr int64_t kTargetNotInRow = -1;
 
 template <class S>
 struct Row {
   using T = compute_t<S>;
   const S* logits;
   const S* probabilities;
-  gradient_t<S>* grad;  // may be logits
-  T* exps;              // n_classes; may be grad where nothing waits
+  gradient_t<S>* grad;  // may point to the logits
+  T* exps;              // n_classes; may point to grad if no gradient is pending
   double* offsets;      // one for each block: the maximum its exponentials are relative to
   int64_t n_classes;
   int64_t target;
@@ -36,13 +36,13 @@ struct Row {
 // Sums over the classes, relative to max.
 template <class T, TargetKind kTarget>
 struct RowLaneSums {
-  static constexpr bool kIsSpread = kTarget != TargetKind::kIndex;
-  // An even spread's q is known from the number of classes.
-  static constexpr bool kSumsQ = kIsSpread && kTarget != TargetKind::kIndexUniform;
+  static constexpr bool kSumsQx = kTarget != TargetKind::kIndex;
+  // The sum of uniform smoothing's q is known from the number of classes.
+  static constexpr bool kSumsQ = kSumsQx && kTarget != TargetKind::kIndexUniform;
   T max = 0;  // of the first block, before anything is summed
   LaneSums<T> exp;
   LaneSumsIf<kSumsQ, T> q;
-  LaneSumsIf<kIsSpread, T> qx;
+  LaneSumsIf<kSumsQx, T> qx;
 
   FASTOPT_HD void flush() {
     exp.flush();
@@ -50,16 +50,16 @@ struct RowLaneSums {
     qx.flush();
   }
   FASTOPT_HD RowSums<double> total() const { return {static_cast<double>(max), exp.total(), q.total(), qx.total()}; }
-  // even_q: what an even spread has given the classes so far.
-  FASTOPT_HD void rebase(T new_max, double even_q) {
+  // uniform_q: the sum of q so far, where smoothing is uniform.
+  FASTOPT_HD void rebase(T new_max, double uniform_q) {
     const double shift = static_cast<double>(max) - static_cast<double>(new_max);
     const double factor = std::exp(shift);
-    for (int64_t l = 0; l < kLanes; ++l) exp.all[l] *= factor;
+    for (int64_t l = 0; l < kLanes; ++l) exp.full[l] *= factor;
     // The shift is infinite where both maxima are huge: then 0 times it would not be a number.
     if constexpr (kSumsQ) {
-      for (int64_t l = 0; l < kLanes; ++l) qx.all[l] += q.all[l] != 0 ? q.all[l] * shift : 0;
-    } else if constexpr (kIsSpread) {
-      if (even_q != 0) qx.all[0] += even_q * shift;
+      for (int64_t l = 0; l < kLanes; ++l) qx.full[l] += q.full[l] != 0 ? q.full[l] * shift : 0;
+    } else if constexpr (kSumsQx) {
+      if (uniform_q != 0) qx.full[0] += uniform_q * shift;
     }
     max = new_max;
   }
@@ -71,7 +71,7 @@ FASTOPT_HD int64_t block_size(int64_t first, int64_t n_classes) {
   return n <= kMaxRowBlock ? n : kRowBlock;
 }
 
-// Calls f(i) for groups of kLanes classes from i on, the last of which has some of the one before.
+// Calls f(i) for groups of kLanes classes from i on; the last group overlaps the one before it if n is no multiple.
 template <class F>
 FASTOPT_HD void for_whole_groups(int64_t n, F&& f) {
   int64_t i = 0;
@@ -79,7 +79,7 @@ FASTOPT_HD void for_whole_groups(int64_t n, F&& f) {
   if (i < n) f(n - kLanes);
 }
 
-// A block in the compute type: as it lies, or converted into the buffer.
+// A block in the compute type: the block itself, or its copy converted into the buffer.
 template <class S>
 FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* buffer) {
   if constexpr (std::is_same_v<S, compute_t<S>>) {
@@ -93,7 +93,7 @@ FASTOPT_HD const compute_t<S>* widened(const S* from, int64_t n, compute_t<S>* b
   }
 }
 
-// The same, and the block's maximum: the lowest finite number if there is no larger, for -inf - -inf is not a number.
+// The same, and the block's maximum: at least the lowest finite number, for -inf - -inf is not a number.
 template <class S>
 FASTOPT_HD compute_t<S> widen_and_find_max(const S* from, int64_t n, compute_t<S>* buffer, const compute_t<S>*& x) {
   using T = compute_t<S>;
@@ -115,51 +115,52 @@ FASTOPT_HD compute_t<S> widen_and_find_max(const S* from, int64_t n, compute_t<S
   return fold_lanes(running, [](T a, T b) { return b > a ? b : a; });
 }
 
-// Calls f(i, m) for each group of m <= kLanes classes in [begin, end) of a block, and fetches what lies ahead of its
-// logits.
+// Calls f(i, m) for each group of m <= kLanes classes in [begin, end) of a block, and prefetches logits that will be
+// read later.
 template <class S, class F>
 FASTOPT_HD void for_groups(const S* logits, int64_t begin, int64_t end, F&& f) {
   constexpr int64_t kLineElements = kLineBytes / sizeof(S);
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(logits + kFetchAhead + i + l);
+    for (int64_t l = 0; l < kLanes; l += kLineElements) __builtin_prefetch(logits + kPrefetchDistance + i + l);
     f(i, kLanes);
   }
   if (i < end) f(i, end - i);
 }
 
 // Adds the exponentials and q of kLanes classes to the sums, relative to sums.max; keeps the exponentials if a gradient
-// is wanted. `first` counts the classes before them. The first n_again of them, which the group before had, are passed.
+// is wanted. `first` counts the classes before them. The first n_again classes, which the group before had, are
+// skipped.
 template <class T, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_HD void add_classes(const T* x, const T* y, const TargetTerms<T> terms, int64_t first, int64_t n_again, T* exps,
                             RowLaneSums<T, kTarget>& sums) {
   const T max = sums.max;
-  const int32_t n_passed = static_cast<int32_t>(n_again);
+  const int32_t n_skipped = static_cast<int32_t>(n_again);
 #pragma omp simd
   for (int32_t l = 0; l < kLanes; ++l) {
-    const bool is_new = l >= n_passed;
+    const bool is_new = l >= n_skipped;
     const T shifted = x[l] - max;
     const T e = exp_nonpositive(shifted);
-    sums.exp.few[l] += is_new ? e : T(0);
+    sums.exp.partial[l] += is_new ? e : T(0);
     if constexpr (kWantsGrad) exps[l] = is_new ? e : exps[l];
     if constexpr (kTarget != TargetKind::kIndex) {
-      const T q = spread_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
-      if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.few[l] += is_new ? q : T(0);
-      sums.qx.few[l] += is_new ? q * shifted : T(0);
+      const T q = smoothed_q<T, kTarget>(terms, first + l, has_index(kTarget) ? T(0) : y[l]);
+      if constexpr (RowLaneSums<T, kTarget>::kSumsQ) sums.q.partial[l] += is_new ? q : T(0);
+      sums.qx.partial[l] += is_new ? q * shifted : T(0);
     }
   }
 }
 
-// If one lane alone holds the maximum, whose exponential is 1: adds that lane's exponentials in double, for beside the
-// 1 they would be rounded to its units, and the loss of a row that is nearly certain is their sum. They are those of
-// the classes [begin, end) of a block, whose logits are x; kept in exps if a gradient is wanted. From `last` on, a
-// class's lane is counted from end - kLanes.
+// If a single lane holds the maximum, whose exponential is 1: adds that lane's exponentials in double. Added to the 1
+// they would be rounded to its units, and the loss of a nearly certain row is their sum. The classes are [begin, end)
+// of a block whose logits are x; exps holds their exponentials if a gradient is wanted. From `last` on, a class's lane
+// is counted from end - kLanes.
 template <class T, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t last, int64_t end, const T* exps,
                                 RowLaneSums<T, kTarget>& sums) {
   int32_t n_lanes = 0, lane = 0;
   for (int32_t l = 0; l < kLanes; ++l) {
-    const bool is_large = sums.exp.few[l] >= 1;
+    const bool is_large = sums.exp.partial[l] >= 1;
     n_lanes += is_large ? 1 : 0;
     lane += is_large ? l : 0;
   }
@@ -168,8 +169,8 @@ FASTOPT_HD void add_lane_of_max(const T* x, int64_t begin, int64_t last, int64_t
   double sum = 0;
   for (int64_t i = begin + lane; i < last; i += kLanes) sum += exp_of(i);
   if (end - kLanes + lane >= last) sum += exp_of(end - kLanes + lane);
-  sums.exp.few[lane] = 0;
-  sums.exp.all[lane] += sum;
+  sums.exp.partial[lane] = 0;
+  sums.exp.full[lane] += sum;
 }
 
 // add_classes of a block, whose logits are x in the compute type. Calls before(i, m) for each group of m classes from
@@ -200,18 +201,18 @@ FASTOPT_HD void add_block(const S* logits, const compute_t<S>* x, const compute_
   }
 }
 
-// A row whose exponentials are summed, and its gradient, which is written at once or, if it streams, while the next
-// row's exponentials take their place: there arithmetic, reading and writing overlap.
+// The gradient of a row whose exponentials are summed. It is written at once or, if it streams, while the next row's
+// exponentials overwrite this one's: arithmetic, reading and writing then overlap.
 template <class S, TargetKind kTarget>
 class RowGradient {
   using T = compute_t<S>;
   static constexpr bool kHasTarget = has_index(kTarget);
 
  public:
-  FASTOPT_HD bool is_waiting() const { return is_waiting_; }
+  FASTOPT_HD bool is_pending() const { return is_pending_; }
   FASTOPT_HD void begin(const Row<S>& row, const TargetTerms<T>& terms, const RowTotals& totals, double grad_scale,
                         bool streams) {
-    is_waiting_ = true;
+    is_pending_ = true;
     row_ = row;
     terms_ = terms;
     max_ = totals.max;
@@ -226,7 +227,7 @@ class RowGradient {
   }
   // Classes that may be written at once.
   FASTOPT_HD int64_t max_group() const { return lines_.streams() ? kLanes : kMaxRowBlock; }
-  // Of n classes; `first` counts those before them.
+  // Writes n classes; `first` counts those before them.
   FASTOPT_HD void write_classes(int64_t first, int64_t n) {
     const TargetTerms<T> terms = terms_;
     const T factor = static_cast<T>(block_factor_), scale = static_cast<T>(scale_);
@@ -251,12 +252,12 @@ class RowGradient {
   }
   FASTOPT_HD void end() {
     lines_.end(row_.n_classes);
-    is_waiting_ = false;
+    is_pending_ = false;
   }
   FASTOPT_HD const Row<S>& row() const { return row_; }
 
  private:
-  bool is_waiting_ = false;
+  bool is_pending_ = false;
   Row<S> row_;
   TargetTerms<T> terms_;
   double max_, scale_, factor_, block_factor_;
@@ -264,17 +265,17 @@ class RowGradient {
   LineWriter<gradient_t<S>, kLanes> lines_;
 };
 
-// The loss of a row; meanwhile the waiting row's gradient is written.
+// Returns the loss of a row, and meanwhile writes the pending row's gradient.
 template <class S, TargetKind kTarget, bool kWantsGrad>
 FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>>& terms, RowTotals& totals,
-                               RowGradient<S, kTarget>& waiting) {
+                               RowGradient<S, kTarget>& pending) {
   using T = compute_t<S>;
   constexpr bool kHasTarget = has_index(kTarget);
   // Read before exponentials may take the logits' place.
   const double target_logit = kHasTarget ? static_cast<double>(load(row.logits[row.target])) : 0.0;
   alignas(64) T x_buffer[kMaxRowBlock];
   [[maybe_unused]] alignas(64) T y_buffer[kMaxRowBlock];
-  const bool writes = kWantsGrad && waiting.is_waiting();
+  const bool writes = kWantsGrad && pending.is_pending();
   RowLaneSums<T, kTarget> lane_sums;
   for (int64_t first = 0, n; first < row.n_classes; first += n) {
     n = block_size(first, row.n_classes);
@@ -287,34 +288,34 @@ FASTOPT_CLONES double read_row(const Row<S>& row, const TargetTerms<compute_t<S>
     } else if (max > lane_sums.max) {
       lane_sums.rebase(max, static_cast<double>(terms.off) * first);
     }
-    if (writes) waiting.begin_block(first);
+    if (writes) pending.begin_block(first);
     if constexpr (kWantsGrad) row.offsets[first / kRowBlock] = lane_sums.max;
     add_block<S, kTarget, kWantsGrad>(
         row.logits + first, x, y, terms, first, n, kWantsGrad ? row.exps + first : nullptr, lane_sums,
         !kHasTarget || target_logit >= lane_sums.max, [&](int64_t i, int64_t m) __attribute__((always_inline)) {
-          if (writes) waiting.write_classes(first + i, m);
+          if (writes) pending.write_classes(first + i, m);
         });
   }
-  if (writes) waiting.end();
+  if (writes) pending.end();
   RowSums<double> sums = lane_sums.total();
-  if constexpr (kHasTarget) sums.q_sum = terms.spread_sum;
+  if constexpr (kHasTarget) sums.q_sum = terms.smoothed_sum;
   totals = {sums.max, sums.exp_sum, sums.q_sum};
   return row_loss(sums, std::log(sums.exp_sum), terms.on, target_logit, kHasTarget, kTarget != TargetKind::kIndex);
 }
 
-// The waiting row's gradient, where no row follows.
+// Writes the pending row's gradient if no row follows.
 template <class S, TargetKind kTarget>
-FASTOPT_CLONES void write_row(RowGradient<S, kTarget>& waiting) {
-  const int64_t n_classes = waiting.row().n_classes, group = waiting.max_group();
+FASTOPT_CLONES void write_row(RowGradient<S, kTarget>& pending) {
+  const int64_t n_classes = pending.row().n_classes, group = pending.max_group();
   for (int64_t first = 0, end; first < n_classes; first = end) {
-    waiting.begin_block(first);
+    pending.begin_block(first);
     end = first + block_size(first, n_classes);
-    for (int64_t i = first; i < end; i += group) waiting.write_classes(i, std::min(group, end - i));
+    for (int64_t i = first; i < end; i += group) pending.write_classes(i, std::min(group, end - i));
   }
-  waiting.end();
+  pending.end();
 }
 
-// The gradient of a row whose totals are known, which may go over its logits.
+// Writes the gradient of a row whose totals are known; it may overwrite the logits.
 template <class S, TargetKind kTarget>
 FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<S>> terms, double grad_scale,
                                  const RowTotals& totals, bool streams) {
@@ -323,7 +324,7 @@ FASTOPT_CLONES void row_gradient(const Row<S>& row, const TargetTerms<compute_t<
   const double exact_factor = grad_scale * (totals.q_sum + (kHasTarget ? terms.on : 0)) / totals.exp_sum;
   const T factor = static_cast<T>(exact_factor), scale = static_cast<T>(grad_scale), max = static_cast<T>(totals.max);
   T target_value = 0;
-  if (kHasTarget && row.target != kTargetElsewhere) {
+  if (kHasTarget && row.target != kTargetNotInRow) {
     const T e = exp_nonpositive(load(row.logits[row.target]) - max);
     target_value =
         static_cast<T>(target_gradient<T, kTarget>(e, exact_factor, grad_scale, terms, terms.on, row.target));

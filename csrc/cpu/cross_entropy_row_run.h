@@ -1,4 +1,4 @@
-// Wide rows, one after the other.
+// One thread's wide rows, one after the other.
 #pragma once
 
 #include "cpu/cross_entropy_row.h"
@@ -14,23 +14,23 @@ TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
   return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
 }
 
-// Takes the target of a position into its row and terms; false if it is ignored.
+// Reads the target of a position into its row and terms; false if it is ignored.
 template <class S, class T>
-bool read_target(CrossEntropyRun& run, int64_t position, Row<S>& row, TargetTerms<T>& terms) {
-  row.target = run.read_target(position);
-  if (row.target == run.problem.ignore_index) return false;
+bool read_target(CrossEntropyCall& call, int64_t position, Row<S>& row, TargetTerms<T>& terms) {
+  row.target = call.read_target(position);
+  if (row.target == call.problem.ignore_index) return false;
   if (terms.weight) terms.on *= terms.weight[row.target];
   return true;
 }
 
 template <class S, TargetKind kTarget, bool kWantsGrad>
-class RowRun {
+class RowWorker {
   using T = compute_t<S>;
   static constexpr bool kHasTarget = has_index(kTarget);
 
  public:
-  explicit RowRun(CrossEntropyRun& run)
-      : run_(run), p_(run.problem), shared_terms_(target_terms<T>(run.problem)), streams_(run.streams) {}
+  explicit RowWorker(CrossEntropyCall& call)
+      : call_(call), p_(call.problem), shared_terms_(target_terms<T>(call.problem)), streams_(call.streams) {}
 
   // The sum of the rows' losses. The last row's gradient is not written yet.
   double operator()(int64_t begin, int64_t end) {
@@ -48,7 +48,7 @@ class RowRun {
   }
   void end() {
     if constexpr (kWantsGrad) {
-      if (waiting_.is_waiting()) write_row(waiting_);
+      if (pending_.is_pending()) write_row(pending_);
     }
   }
 
@@ -65,7 +65,7 @@ class RowRun {
     row.offsets = offsets_;
     TargetTerms<T> terms = shared_terms_;
     if constexpr (kHasTarget) {
-      if (!read_target(run_, i, row, terms)) {
+      if (!read_target(call_, i, row, terms)) {
         if constexpr (kWantsGrad) memset(static_cast<void*>(row.grad), 0, row.n_classes * sizeof(*row.grad));
         return 0;
       }
@@ -77,23 +77,23 @@ class RowRun {
       return 0;
     }
     RowTotals totals;
-    const double loss = read_row<S, kTarget, kWantsGrad>(row, terms, totals, waiting_);
+    const double loss = read_row<S, kTarget, kWantsGrad>(row, terms, totals, pending_);
     if constexpr (kWantsGrad) {
-      waiting_.begin(row, terms, totals, p_.grad_scale, streams_);
-      if (!streams_) write_row(waiting_);
+      pending_.begin(row, terms, totals, p_.grad_scale, streams_);
+      if (!streams_) write_row(pending_);
     } else if (p_.totals) {
       p_.totals[i] = totals;
     }
     return loss;
   }
 
-  CrossEntropyRun& run_;
+  CrossEntropyCall& call_;
   const CrossEntropyProblem& p_;
   const TargetTerms<T> shared_terms_;
   const bool streams_;
   double* offsets_ = nullptr;
   T* exps_ = nullptr;
-  RowGradient<S, kTarget> waiting_;
+  RowGradient<S, kTarget> pending_;
 };
 
 }  // namespace fastopt::cpu

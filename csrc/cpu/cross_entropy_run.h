@@ -1,4 +1,4 @@
-// What all threads of one cross-entropy share.
+// State shared by all threads of one cross-entropy call.
 #pragma once
 
 #include <algorithm>  // copy_n, min
@@ -13,39 +13,39 @@ constexpr int64_t kLogitsPerTask = 2048;  // of rows
 // Logits below which another thread costs more than it saves.
 constexpr int64_t kMinLogitsPerThread = 4096;
 
-// As many threads as so many logits are worth.
+// No more threads than pay off for n_logits.
 inline Threads at_most(const Threads& threads, int64_t n_logits) {
   return {static_cast<int>(std::min<int64_t>(threads.count, n_logits / kMinLogitsPerThread)), threads.on_each};
 }
 
-// Copies targets, which another thread or process may write meanwhile: what is checked is what is used, for the
-// compiler may not read them again behind the barrier.
+// Copies targets, which another thread or process may write meanwhile. The barrier keeps the compiler from reading them
+// again, so that the checked value is the used one.
 inline void copy_targets(const int64_t* from, int64_t n, int64_t* to) {
   std::copy_n(from, n, to);
   asm volatile("" ::: "memory");
 }
 
-// The loss of a position, where each one's is wanted.
+// Stores the loss of a position if the losses of all positions are wanted.
 template <class S>
 void store_loss(const CrossEntropyProblem& problem, int64_t position, double loss) {
   if (problem.losses) store(static_cast<S*>(problem.losses)[position], static_cast<compute_t<S>>(loss));
 }
 
-// How many of them are neither classes nor ignored.
+// The number of targets that are neither classes nor ignored.
 int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index);
 
-struct CrossEntropyRun {
+struct CrossEntropyCall {
   const CrossEntropyProblem& problem;
   const bool streams;                       // gradients go past the caches
   std::atomic<bool> has_bad_target{false};  // a target is not a class, though all were when they were checked
 
-  // A copy of a position's target; one that is not a class is noted, and counts as ignored.
+  // A copy of a position's target. A bad target sets has_bad_target and is returned as ignore_index.
   int64_t read_target(int64_t position) {
     int64_t target;
     copy_targets(problem.target + position, 1, &target);
     return checked(target);
   }
-  // Likewise of n positions from `first` on.
+  // The same for n positions from `first` on.
   void read_targets(int64_t first, int64_t n, int64_t* targets) {
     copy_targets(problem.target + first, n, targets);
     if (count_bad_targets(targets, n, problem.logits_layout.n_classes, problem.ignore_index) == 0) return;

@@ -25,7 +25,7 @@ FASTOPT_CLONES RowSums<double> sum_row(const S* logits, int64_t n_classes, const
     } else if (max > sums.max) {
       sums.rebase(max, static_cast<double>(terms.off) * first);
     }
-    // Where a row's target lies is not known yet, so it may have the maximum.
+    // The row's target is not known yet, so it may have the maximum.
     add_block<S, kTarget, false>(logits + first, x, nullptr, terms, first, n, nullptr, sums, /*may_be_target=*/true,
                                  [](int64_t, int64_t) __attribute__((always_inline)) {});
   }
@@ -83,7 +83,7 @@ void shard_gradient(const LogitShard& shard, const Threads& threads, const Shard
     using Stored = decltype(stored);
     using S = std::conditional_t<std::is_same_v<Stored, Half>, FinalHalf, Stored>;
     using T = compute_t<S>;
-    const bool streams = kCanStream && is_beyond_caches(2 * shard.n_rows * shard.n_classes * sizeof(S));
+    const bool streams = kCanStream && exceeds_caches(2 * shard.n_rows * shard.n_classes * sizeof(S));
     const auto write = [&](int64_t i) {
       Row<S> row{};
       row.n_classes = shard.n_classes;
@@ -94,10 +94,10 @@ void shard_gradient(const LogitShard& shard, const Threads& threads, const Shard
         return;
       }
       copy_targets(gradient.target + i, 1, &row.target);
-      if (!is_class(row.target, row.n_classes)) row.target = kTargetElsewhere;
-      const TargetTerms<T> terms{gradient.on[i], gradient.spread_sum[i], T(gradient.off), T(0),
+      if (!is_class(row.target, row.n_classes)) row.target = kTargetNotInRow;
+      const TargetTerms<T> terms{gradient.on[i], gradient.smoothed_sum[i], T(gradient.off), T(0),
                                  static_cast<const T*>(shard.weight)};
-      const RowTotals totals{gradient.max[i], gradient.exp_sum[i], terms.spread_sum};
+      const RowTotals totals{gradient.max[i], gradient.exp_sum[i], terms.smoothed_sum};
       row_gradient<S, decltype(kind)::value>(row, terms, gradient.scale[i], totals, streams);
     };
     for_rows(shard, threads, write, [&] {

@@ -1,5 +1,5 @@
-// Cross-entropy of rows whose classes are spread over processes: what this process's classes add to a row's loss, and
-// their gradient from what all processes have added. The exchange in between is the caller's.
+// Cross-entropy of rows whose classes are sharded over processes: each row's totals over this process's classes, and
+// the gradient of these classes from the totals over all processes. The caller does the exchange in between.
 #pragma once
 
 #include "common.h"
@@ -7,35 +7,35 @@
 
 namespace fastopt::cpu {
 
-// Of fewer classes, rows are worth too little to be walked one by one.
+// Rows of fewer classes are too short for kernels that take one row at a time.
 constexpr int64_t kMinShardClasses = 65;
 
-// The classes of this process, as rows.
+// Rows of logits: the classes of this process.
 struct LogitShard {
   DType dtype;
   const void* logits;
   int64_t n_rows, n_classes, row_stride;
-  const bool* is_kept;  // of each row; one that is not counts for nothing
+  const bool* is_kept;  // of each row; false for ignored targets
   const void* weight;   // of each class, in the compute type, or null
   bool is_smoothed;     // by label smoothing
 };
 
-// Of each row, over its classes here. Of one that is not kept, the sums are 0.
+// Totals of each row over this process's classes; the sums of a row that is not kept are 0.
 struct ShardTotals {
   double* max;
   double* exp_sum;    // sum exp(x - max)
   double* logit_sum;  // sum w (x - max); only if smoothed
 };
 
-// Of each row: the gradient of its loss times scale, from what the classes of all processes have added.
+// Inputs of the gradient of each row's loss, times scale; the totals are those over all processes.
 struct ShardGradient {
-  const int64_t* target;  // class here; not in [0, n_classes) where another process has it
+  const int64_t* target;  // index into this process's classes; outside [0, n_classes) if another process has it
   const double* max;
   const double* exp_sum;
-  const double* spread_sum;  // q that is spread over all classes
-  const double* on;          // q that is added at the target
+  const double* smoothed_sum;  // sum of smoothed q over all classes
+  const double* on;            // q added at the target
   const double* scale;
-  double off;  // q of a class of weight 1, but for what is added at the target
+  double off;  // smoothed q of a class of weight 1
   void* grad;  // dtype of the logits
   int64_t row_stride;
 };

@@ -1,6 +1,6 @@
-// Cross-entropy of a tile: positions side by side, one vector lane each, classes one after the other.
-// Serves logits whose positions are contiguous (images), and narrow rows, transposed; both are copied into a tile
-// first, for the classes of an image lie so that they would push each other out of the caches.
+// Cross-entropy of a tile: a vector lane for each position, classes one after the other. Serves logits whose positions
+// are contiguous (images) and narrow rows, transposed. Both are copied into a tile first, because the classes of an
+// image are a large stride apart and would evict each other from the caches.
 #pragma once
 
 #include <algorithm>  // min
@@ -14,7 +14,7 @@
 
 namespace fastopt::cpu {
 
-// Positions of a tile: the lanes of its sums. Few positions take narrow ones, at most three.
+// Positions of a tile: the lanes of its sums. Few positions are divided into narrow tiles, at most three.
 constexpr int64_t kTileWidth = kLanes, kNarrowTileWidth = 16;
 
 // The width of the tile that takes the first of n positions.
@@ -22,15 +22,15 @@ FASTOPT_HD int64_t tile_width(int64_t n) { return n <= 3 * kNarrowTileWidth ? kN
 
 template <class T>
 struct Tile {
-  T* values;               // n_classes x width: logits, which exponentials and then gradients replace
-  const T* probabilities;  // likewise, or null
+  T* values;               // n_classes x width: logits, overwritten by exponentials and then by gradients
+  const T* probabilities;  // n_classes x width, or null
   int64_t stride;          // from class to class
   int64_t n_classes;
   int64_t n_positions;    // the others' losses are not summed
   const int64_t* target;  // of each position, a class or ignore_index; or null
   int64_t ignore_index;
-  const void* ahead;     // where the logits of a later tile lie
-  int64_t ahead_stride;  // from class to class, in bytes
+  const void* prefetch;     // the logits of a later tile
+  int64_t prefetch_stride;  // from class to class, in bytes
 };
 
 template <class T, TargetKind kTarget, int64_t kWidth>
@@ -41,34 +41,34 @@ struct TileSums {
   LaneSumsIf<kTarget != TargetKind::kIndex, T, kWidth> qx;
 };
 
-// Adds the exponentials and q of class c to the sums; leaves the exponentials in the logits' place.
+// Adds the exponentials and q of class c to the sums; overwrites the logits with the exponentials.
 template <class T, TargetKind kTarget, int64_t kWidth>
 FASTOPT_HD void add_class(const Tile<T>& tile, const TargetTerms<T> terms, int64_t c,
                           TileSums<T, kTarget, kWidth>& sums) {
-  const char* ahead = static_cast<const char*>(tile.ahead) + c * tile.ahead_stride;
-  for (int64_t i = 0; i < kWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(ahead + i);
+  const char* prefetch = static_cast<const char*>(tile.prefetch) + c * tile.prefetch_stride;
+  for (int64_t i = 0; i < kWidth * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(prefetch + i);
   T* x = tile.values + c * tile.stride;
   [[maybe_unused]] const T* y = tile.probabilities + (has_index(kTarget) ? 0 : c * tile.stride);
 #pragma omp simd
   for (int64_t j = 0; j < kWidth; ++j) {
     const T shifted = x[j] - sums.max[j];
     const T e = exp_nonpositive(shifted);
-    sums.exp.few[j] += e;
+    sums.exp.partial[j] += e;
     if constexpr (kTarget != TargetKind::kIndex) {
-      const T q = spread_q<T, kTarget>(terms, c, has_index(kTarget) ? T(0) : y[j]);
-      if constexpr (!has_index(kTarget)) sums.q.few[j] += q;
-      sums.qx.few[j] += q * shifted;
+      const T q = smoothed_q<T, kTarget>(terms, c, has_index(kTarget) ? T(0) : y[j]);
+      if constexpr (!has_index(kTarget)) sums.q.partial[j] += q;
+      sums.qx.partial[j] += q * shifted;
     }
     x[j] = e;
   }
 }
 
-constexpr int64_t kTermsBelowMax = 4 * kSumTerms;  // that are summed in the compute type
+constexpr int64_t kTermsBelowMax = 4 * kSumTerms;  // terms that are summed in the compute type
 constexpr double kMostlyMax = 1.25;                // a sum below this is mostly the maximum's 1
 
-// Sums again, without the maximum's exponential, where that is most of the sum and the target may have it: it is 1, and
-// beside it the others were rounded to its units, though the loss of a row that is nearly certain is their sum. The
-// loss of another target is log 2 or more. target_logit: of each position, or null.
+// Sums again, without the maximum's exponential of 1, where that is most of the sum and the target may have the
+// maximum: the others were rounded to the 1's units, though the loss of a nearly certain row is their sum. The loss of
+// another target is log 2 or more. target_logit: of each position, or null.
 template <int64_t kWidth, class T>
 FASTOPT_HD void sum_below_max(const Tile<T>& tile, const T* max, const T* target_logit, double* exp_sum) {
   int64_t is_mostly_max[kWidth], n_needed = 0;
@@ -123,7 +123,8 @@ FASTOPT_HD void zero_ignored(const Tile<T>& tile, const int64_t* is_kept) {
   }
 }
 
-// Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile; the losses' sum.
+// Writes the loss of each position to losses, 0 where it is ignored, and gradients over the tile; returns the losses'
+// sum.
 template <class T, TargetKind kTarget, bool kWantsGrad, int64_t kWidth>
 FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<T> terms, double grad_scale,
                                          double* losses) {
@@ -131,7 +132,7 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
   TileSums<T, kTarget, kWidth> sums;
   find_max<kWidth>(tile, sums.max);
 
-  // Read before exponentials take the logits' place.
+  // Read before exponentials overwrite the logits.
   T target_logit[kWidth], target_exp[kWidth];
   double on[kWidth];
   int64_t targets[kWidth];  // 0 where they are ignored
@@ -152,8 +153,8 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
     sums.qx.flush();
   }
 
-  // What is found of each position, in vectors of double.
-  double* exp_sum = sums.exp.all;
+  // Results of each position, in vectors of double.
+  double* exp_sum = sums.exp.full;
   double log_sum[kWidth];
   if constexpr (!std::is_same_v<T, double>) {
     sum_below_max<kWidth>(tile, sums.max, kHasTarget ? target_logit : nullptr, exp_sum);
@@ -172,7 +173,7 @@ FASTOPT_CLONES double tile_cross_entropy(const Tile<T>& tile, const TargetTerms<
 #pragma omp simd
   for (int64_t j = 0; j < kWidth; ++j) {
     const double row_on = kHasTarget ? on[j] : 0.0;
-    const double q_sum = kHasTarget ? terms.spread_sum : sums.q.of_lane(j);
+    const double q_sum = kHasTarget ? terms.smoothed_sum : sums.q.of_lane(j);
     const RowSums<double> row{static_cast<double>(sums.max[j]), exp_sum[j], q_sum, sums.qx.of_lane(j)};
     const double loss = row_loss(row, log_sum[j], row_on, kHasTarget ? static_cast<double>(target_logit[j]) : 0.0,
                                  kHasTarget, kTarget != TargetKind::kIndex);

@@ -1,4 +1,4 @@
-// Between logits as they lie and a tile, in which the positions of a class are side by side.
+// Copies between logits in their own layout and a tile, in which the positions of a class are contiguous.
 #pragma once
 
 #include <algorithm>    // min
@@ -11,21 +11,21 @@
 
 namespace fastopt::cpu {
 
-// Images of up to this many positions lie side by side in a tile, as many as it has room for.
+// Images of up to this many positions share a tile, as many as it has room for.
 constexpr int64_t kMaxShortRun = 32;
-constexpr int64_t kBlockClasses = 64;  // of them that are copied at once
+constexpr int64_t kBlockClasses = 64;  // classes of such images that are copied at once
 
-// The logits of `n` positions from `first` on, which are counted over all images. A row is an image of one position.
-struct TileView {
+// The positions [first, first + n), counted over all images. A row is an image of one position.
+struct PositionRange {
   LogitLayout layout;
   int64_t first, n;
 
-  // Where position j of them lies.
+  // Offset of the range's position j.
   FASTOPT_HD int64_t offset(int64_t j) const {
     const int64_t outer = (first + j) / layout.n_inner;
     return outer * layout.outer_stride + (first + j - outer * layout.n_inner);
   }
-  // Calls f(j, m, offset) for each run of m positions from position j on that lie side by side.
+  // Calls f(j, m, offset) for each contiguous run of m positions, from position j on.
   template <class F>
   FASTOPT_HD void for_runs(F&& f) const {
     for (int64_t j = 0; j < n;) {
@@ -102,7 +102,7 @@ struct TransposedBlock<2, 2, double> {
   }
 };
 
-// In blocks, of which the last of a line begins early, where it must, and writes some numbers again.
+// Block by block. The last block of a line starts early where the line is no multiple of a block: it rewrites numbers.
 template <int64_t kN, int64_t kM, class T>
 FASTOPT_HD void transpose_blocks(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n, int64_t m) {
   for (int64_t i = 0; i < n; i += kN) {
@@ -149,7 +149,7 @@ FASTOPT_HD void copy_runs_by(const T* from, int64_t from_stride, T* to, int64_t 
   }
 }
 
-// Runs of n numbers, each a stride after the other, n <= kMaxShortRun.
+// Runs of n <= kMaxShortRun numbers, a stride apart.
 template <class T>
 FASTOPT_HD void copy_short_runs(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n_runs,
                                 int64_t n) {
@@ -160,7 +160,7 @@ FASTOPT_HD void copy_short_runs(const T* from, int64_t from_stride, T* to, int64
   copy_runs_by<1>(from, from_stride, to, to_stride, n_runs, n);
 }
 
-// The same to another type. Many of them are converted as one, side by side: a run would not fill a vector.
+// The same to another type. Many runs are converted as one: a single run would not fill a vector.
 template <class To, class From>
 FASTOPT_HD void convert_short_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
                                    int64_t n) {
@@ -176,7 +176,7 @@ FASTOPT_HD void convert_short_runs(const From* from, int64_t from_stride, To* to
   }
 }
 
-// Runs of n numbers, each a stride after the other: as one where they are side by side.
+// Runs of n numbers, a stride apart; converted as one where they are contiguous.
 template <class To, class From>
 FASTOPT_HD void convert_runs(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n_runs,
                              int64_t n) {
@@ -190,7 +190,7 @@ FASTOPT_HD void convert_runs(const From* from, int64_t from_stride, To* to, int6
   }
 }
 
-// A run of numbers, past the caches if it streams.
+// A run of numbers, written past the caches if it streams.
 template <class To, class From>
 FASTOPT_HD void write_run(const From* from, To* to, int64_t n, bool streams) {
   if (!streams) return convert(from, to, n);
@@ -207,62 +207,63 @@ FASTOPT_HD void write_run(const From* from, To* to, int64_t n, bool streams) {
 
 // Calls f(first class, number of classes, position, offset of its image) for each block of whole images.
 template <class F>
-FASTOPT_HD void for_short_blocks(const TileView& view, F&& f) {
-  for (int64_t c = 0; c < view.layout.n_classes; c += kBlockClasses) {
-    const int64_t n_classes = std::min(kBlockClasses, view.layout.n_classes - c);
-    int64_t offset = view.offset(0) + c * view.layout.class_stride;
-    for (int64_t j = 0; j < view.n; j += view.layout.n_inner, offset += view.layout.outer_stride) {
+FASTOPT_HD void for_short_blocks(const PositionRange& range, F&& f) {
+  for (int64_t c = 0; c < range.layout.n_classes; c += kBlockClasses) {
+    const int64_t n_classes = std::min(kBlockClasses, range.layout.n_classes - c);
+    int64_t offset = range.offset(0) + c * range.layout.class_stride;
+    for (int64_t j = 0; j < range.n; j += range.layout.n_inner, offset += range.layout.outer_stride) {
       f(c, n_classes, j, offset);
     }
   }
 }
 
-// Fills a tile of `width` positions; those past the view's are 0. `buffer` holds n * n_classes numbers, for rows.
+// Fills a tile of `width` positions; those beyond the range are 0. `buffer` holds n * n_classes numbers, for rows.
 template <class S>
-FASTOPT_CLONES void read_tile(const S* from, const TileView& view, compute_t<S>* to, int64_t width,
+FASTOPT_CLONES void read_tile(const S* from, const PositionRange& range, compute_t<S>* to, int64_t width,
                               compute_t<S>* buffer) {
   using T = compute_t<S>;
-  const LogitLayout layout = view.layout;
+  const LogitLayout layout = range.layout;
   const int64_t n_classes = layout.n_classes, n_inner = layout.n_inner, stride = layout.class_stride;
-  if (view.n < width) memset(to, 0, n_classes * width * sizeof(T));
+  if (range.n < width) memset(to, 0, n_classes * width * sizeof(T));
   if (layout.is_rows()) {
-    from += view.offset(0);
+    from += range.offset(0);
     if constexpr (std::is_same_v<S, T>) {
-      transpose(from, layout.outer_stride, to, width, view.n, n_classes);
+      transpose(from, layout.outer_stride, to, width, range.n, n_classes);
     } else {
-      convert_runs(from, layout.outer_stride, buffer, n_classes, view.n, n_classes);
-      transpose(buffer, n_classes, to, width, view.n, n_classes);
+      convert_runs(from, layout.outer_stride, buffer, n_classes, range.n, n_classes);
+      transpose(buffer, n_classes, to, width, range.n, n_classes);
     }
   } else if (n_inner <= kMaxShortRun) {
-    for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
+    for_short_blocks(range, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
       convert_runs(from + offset, stride, to + c * width + j, width, n, n_inner);
     });
   } else {
-    view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
+    range.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
       convert_runs(from + offset, stride, to + j, width, n_classes, m);
     });
   }
 }
 
-// The other way round, without the positions past the view's.
+// Writes a tile back, without the positions beyond the range.
 template <class T, class G>
-FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const TileView& view, T* buffer, bool streams) {
-  const LogitLayout layout = view.layout;
+FASTOPT_CLONES void write_tile(const T* from, int64_t width, G* to, const PositionRange& range, T* buffer,
+                               bool streams) {
+  const LogitLayout layout = range.layout;
   const int64_t n_classes = layout.n_classes, n_inner = layout.n_inner, stride = layout.class_stride;
   if (layout.is_rows()) {
-    to += view.offset(0);
+    to += range.offset(0);
     if constexpr (std::is_same_v<T, G>) {
-      if (!streams) return transpose(from, width, to, layout.outer_stride, n_classes, view.n);
+      if (!streams) return transpose(from, width, to, layout.outer_stride, n_classes, range.n);
     }
-    transpose(from, width, buffer, n_classes, n_classes, view.n);
-    if (layout.outer_stride == n_classes) return write_run(buffer, to, view.n * n_classes, streams);
-    convert_runs(buffer, n_classes, to, layout.outer_stride, view.n, n_classes);
+    transpose(from, width, buffer, n_classes, n_classes, range.n);
+    if (layout.outer_stride == n_classes) return write_run(buffer, to, range.n * n_classes, streams);
+    convert_runs(buffer, n_classes, to, layout.outer_stride, range.n, n_classes);
   } else if (n_inner <= kMaxShortRun) {
-    for_short_blocks(view, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
+    for_short_blocks(range, [&](int64_t c, int64_t n, int64_t j, int64_t offset) __attribute__((always_inline)) {
       convert_runs(from + c * width + j, width, to + offset, stride, n, n_inner);
     });
   } else {
-    view.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
+    range.for_runs([&](int64_t j, int64_t m, int64_t offset) __attribute__((always_inline)) {
       for (int64_t c = 0; c < n_classes; ++c) write_run(from + c * width + j, to + offset + c * stride, m, streams);
     });
   }

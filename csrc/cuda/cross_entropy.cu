@@ -1,4 +1,4 @@
-// Plans a cross-entropy: which kernel, how many blocks, and what it keeps in its workspace.
+// Plans a cross-entropy: kernel, number of blocks, and layout of the workspace.
 #include "cuda/cross_entropy.h"
 
 #include <algorithm>  // max, min
@@ -9,26 +9,26 @@
 namespace fastopt::cuda {
 namespace {
 
-// Rows up to this many classes are taken by a thread each: a warp would leave most lanes idle.
+// Rows of up to this many classes take a thread each: a warp would leave most lanes idle.
 constexpr int64_t kMaxThreadClasses = 32;
 constexpr int64_t kMaxWarpClasses = 1024;
-// Rows from this many classes on are divided among blocks where there are fewer rows than multiprocessors.
+// Rows of at least this many classes are divided among blocks if there are fewer rows than multiprocessors.
 constexpr int64_t kMinSplitClasses = 16384;
 constexpr int64_t kMinClassesPerSplit = 4096;
 constexpr int64_t kMaxSplits = 64;
-// Problems that one block solves sooner than another launch would start.
+// Problems of up to this size are solved by one block, faster than another launch would start.
 constexpr int64_t kMaxSingleLogits = 32768;
 constexpr int64_t kMaxSingleRows = 64;
 constexpr int kPositionThreads = 128;
 constexpr int kThreadsPerMultiprocessor = 2048;
-// Threads of the wide rows' kernel that registers allow a multiprocessor.
+// Threads of the wide-row kernel per multiprocessor, limited by registers.
 constexpr int kResidentThreads = 1024;
-// Of a row: what a thread has in flight, twice.
+// Bytes of a row for each thread: twice its loads in flight.
 constexpr int64_t kBytesPerThread = 128;
-// Targets that one block counts; beyond, several do.
+// Targets that one block counts; of more targets, several blocks do.
 constexpr int64_t kMaxTargetsPerBlock = 32768;
 constexpr int64_t kMaxTallies = 128;
-// Shared memory that each resident block takes beyond what it asks for.
+// Shared memory that each resident block takes beyond its request.
 constexpr int64_t kReservedSharedBytes = 2048;
 
 int64_t element_bytes(DType dtype) {
@@ -45,13 +45,13 @@ int plan_call(const CrossEntropy& call, CrossEntropyPlan* plan) {
   *plan = {};
   int64_t n_blocks = 1;
   if (!layout.is_rows() || n_classes <= kMaxThreadClasses) {
-    plan->road = Road::kPositions;
+    plan->kernel = KernelKind::kPositions;
     const bool fits_block = n_positions <= kMaxPositionThreads && n_positions * n_classes <= kMaxSingleLogits;
     plan->n_threads = fits_block ? static_cast<int>(divide_up(n_positions, kWarp)) * kWarp : kPositionThreads;
     n_blocks = std::min(divide_up(n_positions, plan->n_threads),
                         n_multiprocessors * (kThreadsPerMultiprocessor / kPositionThreads));
   } else if (n_classes <= kMaxWarpClasses) {
-    plan->road = Road::kWarpRows;
+    plan->kernel = KernelKind::kWarpRows;
     plan->n_threads = kWarpRowsThreads;
     const bool fits_block = n_positions <= kMaxSingleRows && n_positions * n_classes <= kMaxSingleLogits;
     const int64_t rows_per_block = kWarpRowsThreads / kWarp;
@@ -60,14 +60,14 @@ int plan_call(const CrossEntropy& call, CrossEntropyPlan* plan) {
                           n_multiprocessors * (kThreadsPerMultiprocessor / kWarpRowsThreads));
     }
   } else if (n_classes >= kMinSplitClasses && n_positions < n_multiprocessors) {
-    plan->road = Road::kSplitRows;
+    plan->kernel = KernelKind::kSplitRows;
     plan->n_threads = kSplitThreads;
-    // No more blocks than two to a multiprocessor: those beyond would run alone, when all others are done.
+    // At most two blocks per multiprocessor: more would run in a second, mostly empty wave.
     plan->n_splits = static_cast<int>(
         std::min({divide_up(n_classes, kMinClassesPerSplit), 2 * n_multiprocessors / n_positions, kMaxSplits}));
     n_blocks = n_positions * plan->n_splits;
   } else {
-    plan->road = Road::kBlockRows;
+    plan->kernel = KernelKind::kBlockRows;
     const int64_t bytes = n_classes * element_bytes(call.problem.dtype);
     int n_threads = 128;
     while (n_threads < kMaxBlockRowsThreads && n_threads * kBytesPerThread < bytes) n_threads *= 2;
@@ -107,7 +107,7 @@ int64_t lay_out(const CrossEntropy& call, const CrossEntropyPlan& plan, CrossEnt
     work->totals = reinterpret_cast<Totals*>(take(sizeof(Totals)));
     work->partials = reinterpret_cast<double*>(take(plan.n_blocks * sizeof(double)));
     work->tallies = reinterpret_cast<double*>(take(plan.n_tallies * sizeof(double)));
-    if (plan.road == Road::kSplitRows) work->parts = take(plan.n_blocks * sizeof(RowPart<double>));
+    if (plan.kernel == KernelKind::kSplitRows) work->parts = take(plan.n_blocks * sizeof(RowPart<double>));
   }
   return size;
 }

@@ -6,15 +6,15 @@
 
 namespace fastopt::cuda {
 
-// Who takes a row: a thread (each position), a warp, a block, or several blocks.
-enum class Road : int8_t { kPositions, kWarpRows, kBlockRows, kSplitRows };
+// The threads that share a row: one (each position), a warp, a block, or several blocks.
+enum class KernelKind : int8_t { kPositions, kWarpRows, kBlockRows, kSplitRows };
 
 struct CrossEntropyPlan {
-  Road road;
+  KernelKind kernel;
   int32_t n_blocks, n_threads, shared_bytes;
   int32_t n_splits;   // blocks of a row, for kSplitRows
   int32_t n_tallies;  // blocks that count targets first, where there are many
-  bool is_single;     // one block, which finds for itself what else a launch before must find
+  bool is_single;     // one block, which computes the totals itself instead of in a launch before
 };
 
 int workspace_bytes(const CrossEntropy& call, int64_t* bytes);

@@ -28,11 +28,11 @@ int launch_positions(const CrossEntropyPlan& plan, const CrossEntropyWork& work,
 
 template <class S, bool kIsUniform>
 int launch_rows(const CrossEntropyPlan& plan, const CrossEntropyWork& work, cudaStream_t stream) {
-  switch (plan.road) {
-    case Road::kPositions: return launch_positions<S>(plan, work, stream);
-    case Road::kWarpRows: return launch_kernel<cross_entropy_warp_rows<S, kIsUniform>>(plan, work, stream);
-    case Road::kBlockRows: return launch_kernel<cross_entropy_block_rows<S, kIsUniform>>(plan, work, stream);
-    case Road::kSplitRows: break;
+  switch (plan.kernel) {
+    case KernelKind::kPositions: return launch_positions<S>(plan, work, stream);
+    case KernelKind::kWarpRows: return launch_kernel<cross_entropy_warp_rows<S, kIsUniform>>(plan, work, stream);
+    case KernelKind::kBlockRows: return launch_kernel<cross_entropy_block_rows<S, kIsUniform>>(plan, work, stream);
+    case KernelKind::kSplitRows: break;
   }
   const int error = launch_kernel<cross_entropy_split_sums<S, kIsUniform>>(plan, work, stream);
   if (error != cudaSuccess) return error;

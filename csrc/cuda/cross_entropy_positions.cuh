@@ -1,4 +1,4 @@
-// Cross-entropy with a position to each thread: columns of images, and rows of few classes.
+// Cross-entropy with one thread per position: columns of images, and rows of few classes.
 #pragma once
 
 #include "cuda/cross_entropy_kernel.cuh"
@@ -7,20 +7,20 @@ namespace fastopt::cuda {
 
 constexpr int kMaxPositionThreads = 512;
 
-// Logits a thread has in flight: what registers hold.
+// Logits that a thread has in flight, limited by registers.
 template <class S>
 constexpr int kClassesInFlight = sizeof(S) < 8 ? 8 : 4;
 
 // Short sums that are added before their sum joins the rest.
 constexpr int64_t kSumsTogether = 32;
 
-// Where a position's classes lie.
+// Offset of a position's first class.
 __device__ __forceinline__ int64_t offset_of(const LogitLayout& layout, int64_t position) {
   if (layout.n_inner == 1) return position * layout.outer_stride;
   return position / layout.n_inner * layout.outer_stride + position % layout.n_inner;
 }
 
-// Rounds three times on the way of each of eight terms, where a running sum rounds seven times.
+// Each of eight terms is rounded three times; in a running sum, up to seven times.
 template <class T, int kN>
 __device__ __forceinline__ T pairwise_sum(T (&values)[kN]) {
 #pragma unroll
@@ -32,8 +32,8 @@ __device__ __forceinline__ T pairwise_sum(T (&values)[kN]) {
 }
 
 template <class S, bool kIsIndex>
-__device__ __forceinline__ compute_t<S> do_position(const CrossEntropyProblem& p, const Scene<S>& scene,
-                                                    int64_t position) {
+__device__ __forceinline__ compute_t<S> compute_position(const CrossEntropyProblem& p,
+                                                         const CallConstants<S>& constants, int64_t position) {
   using T = compute_t<S>;
   using G = gradient_t<S>;
   constexpr int kInFlight = kClassesInFlight<S>;
@@ -46,9 +46,9 @@ __device__ __forceinline__ compute_t<S> do_position(const CrossEntropyProblem& p
   const int64_t grad_stride = p.grad_layout.class_stride;
   G* grad = p.grad ? static_cast<G*>(p.grad) + offset_of(p.grad_layout, position) : nullptr;
   const int64_t target = p.target ? p.target[position] : -1;
-  const RowFate fate = fate_of(p, target);
-  if (fate != RowFate::kKept) {
-    const T value = fate == RowFate::kIgnored ? T(0) : std::numeric_limits<T>::quiet_NaN();
+  const TargetStatus status = status_of(p, target);
+  if (status != TargetStatus::kValid) {
+    const T value = status == TargetStatus::kIgnored ? T(0) : std::numeric_limits<T>::quiet_NaN();
     if (grad) {
       for (int64_t c = 0; c < n_classes; ++c) store(grad[c * grad_stride], value);
     }
@@ -76,7 +76,7 @@ __device__ __forceinline__ compute_t<S> do_position(const CrossEntropyProblem& p
       const T shifted = values[k] - max;
       exps[k] = exp_of<S>(shifted);
       if constexpr (!kIsIndex) {
-        qs[k] = scene.spread.q(c, probabilities ? load(probabilities[c * probability_stride]) : T(0));
+        qs[k] = constants.smoothed.q(c, probabilities ? load(probabilities[c * probability_stride]) : T(0));
         qxs[k] = qs[k] * shifted;
       }
     }
@@ -93,7 +93,7 @@ __device__ __forceinline__ compute_t<S> do_position(const CrossEntropyProblem& p
   add(all, sums);
   const double target_logit = p.target ? static_cast<double>(load(logits[target * logit_stride])) : 0;
   T loss;
-  const GradientOf<T> of = finish_row<S, kIsIndex, double>(p, scene, all, target, target_logit, loss);
+  const GradientConstants<T> gradient = finish_row<S, kIsIndex, double>(p, constants, all, target, target_logit, loss);
   if (!grad) return loss;
 
   for (int64_t first = 0; first < n_classes; first += kInFlight) {
@@ -107,11 +107,12 @@ __device__ __forceinline__ compute_t<S> do_position(const CrossEntropyProblem& p
     for (int k = 0; k < kInFlight; ++k) {
       const int64_t c = first + k;
       if (c >= n_classes) break;
-      T value = of.factor * exp_of<S>(values[k] - of.max);
+      T value = gradient.factor * exp_of<S>(values[k] - gradient.max);
       if constexpr (!kIsIndex) {
-        value -= of.scale * scene.spread.q(c, probabilities ? load(probabilities[c * probability_stride]) : T(0));
+        value -= gradient.scale *
+                 constants.smoothed.q(c, probabilities ? load(probabilities[c * probability_stride]) : T(0));
       }
-      value -= c == of.target ? of.scale * of.on : T(0);
+      value -= c == gradient.target ? gradient.scale * gradient.on : T(0);
       store(grad[c * grad_stride], value);
     }
   }
@@ -122,16 +123,16 @@ template <class S, bool kIsIndex>
 __global__ void __launch_bounds__(kMaxPositionThreads, 1)
     cross_entropy_positions(const __grid_constant__ CrossEntropyWork work) {
   const CrossEntropyProblem& p = work.problem;
-  const Scene<S> scene = set_scene<S>(work);
+  const CallConstants<S> constants = load_constants<S>(work);
   const int64_t n = p.logits_layout.n_outer * p.logits_layout.n_inner;
   double losses = 0;
   for (int64_t position = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; position < n;
        position += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const compute_t<S> loss = do_position<S, kIsIndex>(p, scene, position);
+    const compute_t<S> loss = compute_position<S, kIsIndex>(p, constants, position);
     if (p.losses) store(static_cast<S*>(p.losses)[position], loss);
     losses += loss;
   }
-  reduce_loss<S>(work, losses, scene.denominator);
+  reduce_loss<S>(work, losses, constants.denominator);
 }
 
 }  // namespace fastopt::cuda

@@ -1,4 +1,4 @@
-// Cross-entropy of one row by a group of threads: how they divide its classes, and what each sums.
+// Cross-entropy of one row by a group of threads: how they divide its classes, their sums, and the gradient.
 #pragma once
 
 #include "cuda/library.h"
@@ -8,10 +8,9 @@
 
 namespace fastopt::cuda {
 
-// kIsUniform, of the rows' kernels: q is the same number for every class but the target, 0 or what label smoothing
-// spreads.
+// kIsUniform, of the row kernels: q is the same for every class but the target: 0, or uniform label smoothing.
 
-// Packs a thread has in flight: what registers hold.
+// Packs that a thread has in flight, limited by registers.
 template <class S, bool kIsUniform>
 constexpr int kPacksInFlight = kIsUniform && sizeof(S) < 8 ? 4 : 2;
 
@@ -24,18 +23,18 @@ __device__ __forceinline__ compute_t<S> exp_of(compute_t<S> x) {
   }
 }
 
-// A stretch of a row. Its logits are walked in packs of 16 bytes between those before the first boundary and after the
-// last; `first_class` is the class of its first logit. Other arrays are read and written in packs where they have the
-// same boundaries.
+// Adjacent classes of a row. Logits between the first and the last 16-byte boundary are read in packs, the others one
+// by one; `first_class` is the class of the first logit. Other arrays are accessed in packs if they have the same
+// boundaries.
 template <class S>
-struct Stretch {
+struct RowSlice {
   using T = compute_t<S>;
   using G = gradient_t<S>;
   static constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(S));
   const S* logits;
   const S* probabilities;  // or null
   G* grad;                 // or null
-  S* stage;                // shared memory for the logits, or null; as far from a boundary as they are
+  S* stage;                // shared memory for the logits, aligned as they are, or null
   int64_t n, first_class;
 
   __device__ __forceinline__ int64_t n_before_boundary() const {
@@ -44,8 +43,8 @@ struct Stretch {
     return before < n ? before : n;
   }
 
-  // Calls f(first, values, n) for packs of this thread, first an index into the stretch, values an array
-  // [packs][elements] of which the first n count. All threads divide the same stretch in the same way each time, also
+  // Calls f(first, values, n) for packs of this thread, first an index into the slice, values an array
+  // [packs][elements] of which the first n count. All threads divide the same slice in the same way each time, also
   // when `from` is the stage.
   template <class Group, int kPacks, class F>
   __device__ __forceinline__ void for_each(const S* from, F&& f) const {
@@ -64,7 +63,7 @@ struct Stretch {
       int64_t first[kPacks];
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
-        // In place of a pack beyond the last, one that is there: loads that depend on nothing start together.
+        // A pack beyond the last is replaced by the first, so that all loads are unconditional and start together.
         const int64_t offset = (pack + (p < n_there ? p : 0) * size) * kVector;
         first[p] = before + offset;
         const auto loaded = Pack<S, kVector>::load(body + offset);
@@ -79,23 +78,23 @@ struct Stretch {
   }
 };
 
-// What q_c needs besides the probability, where it is not on the target alone.
+// Computes q_c, without the term that an index target adds; the kind is known at run time only.
 template <class T>
-struct Spread {
+struct SmoothedTarget {
   TargetKind kind;
   TargetTerms<T> terms;
 
   __device__ __forceinline__ T q(int64_t c, T probability) const {
     switch (kind) {
-      case TargetKind::kIndexUniform: return spread_q<T, TargetKind::kIndexUniform>(terms, c, probability);
-      case TargetKind::kIndexWeighted: return spread_q<T, TargetKind::kIndexWeighted>(terms, c, probability);
-      case TargetKind::kProbability: return spread_q<T, TargetKind::kProbability>(terms, c, probability);
-      default: return spread_q<T, TargetKind::kProbabilityWeighted>(terms, c, probability);
+      case TargetKind::kIndexUniform: return smoothed_q<T, TargetKind::kIndexUniform>(terms, c, probability);
+      case TargetKind::kIndexWeighted: return smoothed_q<T, TargetKind::kIndexWeighted>(terms, c, probability);
+      case TargetKind::kProbability: return smoothed_q<T, TargetKind::kProbability>(terms, c, probability);
+      default: return smoothed_q<T, TargetKind::kProbabilityWeighted>(terms, c, probability);
     }
   }
 };
 
-// Probabilities of a pack; all loaded by one access where their boundaries are the logits'.
+// Loads the values that belong to a pack of logits, in one access if they have the same boundaries.
 template <class S, int kN>
 __device__ __forceinline__ void load_like(const S* from, bool has_same_boundaries, S (&values)[kN]) {
   if constexpr (kN * sizeof(S) % kAccessBytes == 0) {
@@ -123,22 +122,22 @@ __device__ __forceinline__ void store_like(S* to, bool has_same_boundaries, cons
   for (int k = 0; k < kN; ++k) to[k] = values[k];
 }
 
-// This thread's part of the sums over a stretch.
+// This thread's partial sums over a slice.
 template <class S, bool kIsUniform, class Group>
-__device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& stretch,
-                                                             const Spread<compute_t<S>>& spread) {
+__device__ __forceinline__ RowSums<compute_t<S>> sum_slice(const RowSlice<S>& slice,
+                                                           const SmoothedTarget<compute_t<S>>& smoothed) {
   using T = compute_t<S>;
   RowSums<T> sums{std::numeric_limits<T>::lowest()};
   const bool has_same_boundaries =
-      !kIsUniform && stretch.probabilities && is_aligned(stretch.probabilities + stretch.n_before_boundary());
-  stretch.template for_each<Group, kPacksInFlight<S, kIsUniform>>(
-      stretch.logits, [&](const int64_t* first, const auto& values, int n_packs) {
+      !kIsUniform && slice.probabilities && is_aligned(slice.probabilities + slice.n_before_boundary());
+  slice.template for_each<Group, kPacksInFlight<S, kIsUniform>>(
+      slice.logits, [&](const int64_t* first, const auto& values, int n_packs) {
         constexpr int kPacks = sizeof(values) / sizeof(values[0]);
         constexpr int kN = sizeof(values[0]) / sizeof(S);
         T max = load(values[0][0]);
 #pragma unroll
         for (int p = 0; p < kPacks; ++p) {
-          if (stretch.stage && p < n_packs) store_like(stretch.stage + first[p], true, values[p]);
+          if (slice.stage && p < n_packs) store_like(slice.stage + first[p], true, values[p]);
 #pragma unroll
           for (int k = 0; k < kN; ++k) {
             const T x = load(values[p][k]);
@@ -151,28 +150,28 @@ __device__ __forceinline__ RowSums<compute_t<S>> sum_stretch(const Stretch<S>& s
           if (p >= n_packs) break;
           [[maybe_unused]] S probabilities[kN];
           if constexpr (!kIsUniform) {
-            if (stretch.probabilities) load_like(stretch.probabilities + first[p], has_same_boundaries, probabilities);
+            if (slice.probabilities) load_like(slice.probabilities + first[p], has_same_boundaries, probabilities);
           }
 #pragma unroll
           for (int k = 0; k < kN; ++k) {
             const T shifted = load(values[p][k]) - sums.max;
             sums.exp_sum += exp_of<S>(shifted);
             if constexpr (kIsUniform) {
-              sums.qx_sum += spread.terms.off * shifted;  // not multiplied later: a sum of masked logits may overflow
+              sums.qx_sum += smoothed.terms.off * shifted;  // not multiplied later: a sum of masked logits may overflow
             } else {
-              const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
-              const T q = spread.q(stretch.first_class + first[p] + k, probability);
+              const T probability = slice.probabilities ? load(probabilities[k]) : T(0);
+              const T q = smoothed.q(slice.first_class + first[p] + k, probability);
               sums.q_sum += q;
               sums.qx_sum += q * shifted;
             }
           }
-          if constexpr (kIsUniform) sums.q_sum += spread.terms.off * T(kN);
+          if constexpr (kIsUniform) sums.q_sum += smoothed.terms.off * T(kN);
         }
       });
   return sums;
 }
 
-// Adds sums that are relative to another maximum.
+// Adds sums that may be relative to another maximum.
 template <class A>
 __device__ __forceinline__ void add(RowSums<A>& to, RowSums<A> from) {
   const A max = from.max > to.max ? from.max : to.max;
@@ -183,35 +182,35 @@ __device__ __forceinline__ void add(RowSums<A>& to, RowSums<A> from) {
   to.qx_sum += from.qx_sum;
 }
 
-// The group's sums from those of its threads.
+// The group's sums, from the sums of its threads.
 template <class Group, class T>
-__device__ __forceinline__ RowSums<T> merge(RowSums<T> sums, const Spread<T>& spread) {
+__device__ __forceinline__ RowSums<T> merge(RowSums<T> sums, const SmoothedTarget<T>& smoothed) {
   sums.rebase(Group::max(sums.max));
   sums.exp_sum = Group::sum(sums.exp_sum);
-  if (spread.kind != TargetKind::kIndex) {
+  if (smoothed.kind != TargetKind::kIndex) {
     sums.q_sum = Group::sum(sums.q_sum);
     sums.qx_sum = Group::sum(sums.qx_sum);
   }
   return sums;
 }
 
-// What turns a row's logits into its gradient: factor exp(x - max) - scale q. `uniform` is scale q where that is the
-// same for all classes.
+// Constants of a row's gradient, factor exp(x - max) - scale q. `uniform` is scale q if that is the same for all
+// classes.
 template <class T>
-struct GradientOf {
+struct GradientConstants {
   T max, factor, scale, on, uniform;
   int64_t target;  // -1: none
 };
 
 template <class S, bool kIsUniform, class Group>
-__device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const Spread<compute_t<S>>& spread,
-                                               const GradientOf<compute_t<S>>& of) {
+__device__ __forceinline__ void write_gradient(const RowSlice<S>& slice, const SmoothedTarget<compute_t<S>>& smoothed,
+                                               const GradientConstants<compute_t<S>>& gradient) {
   using T = compute_t<S>;
   using G = gradient_t<S>;
-  const int64_t before = stretch.n_before_boundary();
-  const bool aligned_grad = is_aligned(stretch.grad + before);
-  const bool aligned_probabilities = !kIsUniform && stretch.probabilities && is_aligned(stretch.probabilities + before);
-  const T on = of.scale * of.on;
+  const int64_t before = slice.n_before_boundary();
+  const bool aligned_grad = is_aligned(slice.grad + before);
+  const bool aligned_probabilities = !kIsUniform && slice.probabilities && is_aligned(slice.probabilities + before);
+  const T on = gradient.scale * gradient.on;
   const auto write = [&](const int64_t* first, const auto& values, int n_packs) {
     constexpr int kPacks = sizeof(values) / sizeof(values[0]);
     constexpr int kN = sizeof(values[0]) / sizeof(S);
@@ -220,46 +219,45 @@ __device__ __forceinline__ void write_gradient(const Stretch<S>& stretch, const 
       if (p >= n_packs) break;
       [[maybe_unused]] S probabilities[kN];
       if constexpr (!kIsUniform) {
-        if (stretch.probabilities) load_like(stretch.probabilities + first[p], aligned_probabilities, probabilities);
+        if (slice.probabilities) load_like(slice.probabilities + first[p], aligned_probabilities, probabilities);
       }
-      const int64_t to_target = of.target - stretch.first_class - first[p];
+      const int64_t to_target = gradient.target - slice.first_class - first[p];
       const int target = to_target >= 0 && to_target < kN ? static_cast<int>(to_target) : -1;
       G grads[kN];
 #pragma unroll
       for (int k = 0; k < kN; ++k) {
-        T value = of.factor * exp_of<S>(load(values[p][k]) - of.max) - of.uniform;
+        T value = gradient.factor * exp_of<S>(load(values[p][k]) - gradient.max) - gradient.uniform;
         if constexpr (!kIsUniform) {
-          const T probability = stretch.probabilities ? load(probabilities[k]) : T(0);
-          value -= of.scale * spread.q(stretch.first_class + first[p] + k, probability);
+          const T probability = slice.probabilities ? load(probabilities[k]) : T(0);
+          value -= gradient.scale * smoothed.q(slice.first_class + first[p] + k, probability);
         }
         value -= k == target ? on : T(0);
         store(grads[k], value);
       }
-      store_like(stretch.grad + first[p], aligned_grad, grads);
+      store_like(slice.grad + first[p], aligned_grad, grads);
     }
   };
-  stretch.template for_each<Group, kPacksInFlight<S, kIsUniform>>(stretch.stage ? stretch.stage : stretch.logits,
-                                                                  write);
+  slice.template for_each<Group, kPacksInFlight<S, kIsUniform>>(slice.stage ? slice.stage : slice.logits, write);
 }
 
-// A row that has no target (0), or a bad one (NaN).
+// Fills the gradient of a row whose target is ignored (0) or invalid (NaN).
 template <class S, class Group>
-__device__ __forceinline__ void fill_gradient(const Stretch<S>& stretch, compute_t<S> value) {
+__device__ __forceinline__ void fill_gradient(const RowSlice<S>& slice, compute_t<S> value) {
   using G = gradient_t<S>;
   constexpr int kVector = kAccessBytes / static_cast<int>(sizeof(G));
-  const int64_t misaligned = reinterpret_cast<uintptr_t>(stretch.grad) % kAccessBytes / sizeof(G);
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(slice.grad) % kAccessBytes / sizeof(G);
   const int64_t to_boundary = (kVector - misaligned) % kVector;
-  const int64_t before = to_boundary < stretch.n ? to_boundary : stretch.n;
-  const int64_t after = stretch.n - (stretch.n - before) % kVector;
+  const int64_t before = to_boundary < slice.n ? to_boundary : slice.n;
+  const int64_t after = slice.n - (slice.n - before) % kVector;
   Pack<G, kVector> pack;
 #pragma unroll
   for (int k = 0; k < kVector; ++k) store(pack.values[k], value);
   const int rank = Group::rank();
-  if (rank < before) stretch.grad[rank] = pack.values[0];
+  if (rank < before) slice.grad[rank] = pack.values[0];
   for (int64_t i = before + static_cast<int64_t>(rank) * kVector; i < after; i += Group::size() * kVector) {
-    pack.store(stretch.grad + i);
+    pack.store(slice.grad + i);
   }
-  if (after + rank < stretch.n) stretch.grad[after + rank] = pack.values[0];
+  if (after + rank < slice.n) slice.grad[after + rank] = pack.values[0];
 }
 
 }  // namespace fastopt::cuda

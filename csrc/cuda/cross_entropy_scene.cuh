@@ -1,4 +1,4 @@
-// What all rows of a cross-entropy share: the numbers found before the first row, and the loss added up after the last.
+// Constants that all rows of a call share, and the reduction of their losses.
 #pragma once
 
 #include "cuda/cross_entropy_row.cuh"
@@ -6,7 +6,7 @@
 namespace fastopt::cuda {
 
 struct Totals {
-  double denominator;  // of the mean over class indices: the weights of the targets that count
+  double denominator;  // of the mean over class indices: summed weights of the targets that are not ignored
   double weight_sum;   // of all classes
   uint32_t ticket;     // blocks that are done
   uint32_t unused;
@@ -19,12 +19,12 @@ struct RowPart {
   T target_logit;
 };
 
-// A call, and where in its workspace things are.
+// A call, with pointers into its workspace.
 struct CrossEntropyWork {
   CrossEntropyProblem problem;
   Reduction reduction;
   void* loss;
-  Totals* totals;    // written by prepare_kernel; or null: a single block finds them itself
+  Totals* totals;    // written by prepare_kernel; null if a single block computes them itself
   double* partials;  // of each block: its rows' losses
   double* tallies;   // of each block of tally_kernel
   void* parts;       // RowPart of each row and split
@@ -46,7 +46,7 @@ __device__ __forceinline__ double sum_target_weights(const CrossEntropyProblem& 
   return sum;
 }
 
-// By all threads of a block; every one gets the result.
+// Computed by all threads of a block together; each gets the result.
 template <class S>
 __device__ __forceinline__ Totals find_totals(const CrossEntropyWork& work) {
   using Block = Group<true>;
@@ -71,17 +71,17 @@ __device__ __forceinline__ Totals find_totals(const CrossEntropyWork& work) {
   return totals;
 }
 
-// What each row's arithmetic takes from the call.
+// Constants of a call for the arithmetic of each row.
 template <class S>
-struct Scene {
+struct CallConstants {
   using T = compute_t<S>;
-  Spread<T> spread;
+  SmoothedTarget<T> smoothed;
   T scale;             // of the gradient
   double denominator;  // of the reduced loss
 };
 
 template <class S>
-__device__ __forceinline__ Scene<S> set_scene(const CrossEntropyWork& work) {
+__device__ __forceinline__ CallConstants<S> load_constants(const CrossEntropyWork& work) {
   using T = compute_t<S>;
   const CrossEntropyProblem& p = work.problem;
   const Totals totals = work.totals ? *work.totals : find_totals<S>(work);
@@ -99,7 +99,7 @@ __device__ __forceinline__ Scene<S> set_scene(const CrossEntropyWork& work) {
           denominator};
 }
 
-// A block's share of the reduced loss; the last block to come adds all shares, in their order.
+// Adds a block's part of the reduced loss; the last block to finish adds up all parts, in their order.
 template <class S>
 __device__ __forceinline__ void reduce_loss(const CrossEntropyWork& work, double losses, double denominator) {
   using Block = Group<true>;

@@ -46,14 +46,14 @@ at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad
   return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
 }
 
-// Of a compiled program on the CPU: the loss, and its gradient in a keeper.
+// In a compiled program on the CPU: returns the loss, and a keeper that owns its gradient.
 std::tuple<at::Tensor, at::Tensor> keep_kernel(const at::Tensor& input, const at::Tensor& target,
                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                double label_smoothing, bool in_float32) {
   check_reduction(reduction);
   const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
                                         ignore_index, label_smoothing, in_float32};
-  auto [loss, gradient] = cross_entropy_kernel(arguments, GradientMemory::kFresh, foreseen_factor(arguments));
+  auto [loss, gradient] = cross_entropy_kernel(arguments, GradientMemory::kFresh, predicted_factor(arguments));
   return {loss, keep_gradient(std::move(gradient))};
 }
 
@@ -62,12 +62,13 @@ at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, 
                        double label_smoothing, bool in_float32) {
   const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
                                         ignore_index, label_smoothing, in_float32};
-  return finished_gradient(arguments, grad_output, take_gradient(keeper));
+  return compiled_backward(arguments, grad_output, take_gradient(keeper));
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
 
-// Whether torch's composite must serve: functorch's transforms and forward-mode derivatives look inside an operator.
+// True if torch's composite must be used: functorch transforms and forward-mode derivatives do not support our
+// operators.
 bool needs_composite(const CrossEntropyArguments& a) {
   const auto has_tangent = [](const at::Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); };
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode) ||
@@ -75,9 +76,9 @@ bool needs_composite(const CrossEntropyArguments& a) {
           (has_tangent(a.input) || has_tangent(a.target) || (a.weight && has_tangent(*a.weight))));
 }
 
-// Whether the gradient may go over the logits. In-place work on memory that autograd or others do not expect to change
-// raises what torch raises of it. False where elements of the logits may share memory, and where the loss reads the
-// same memory as something else: what is overwritten first would be read afterwards.
+// True if the gradient may overwrite the logits. Raises torch's error if autograd forbids in-place operations on them.
+// False if elements of the logits may share memory with each other or with another argument, since some would be read
+// after they are overwritten.
 bool may_overwrite(const CrossEntropyArguments& a) {
   torch::autograd::check_inplace(a.input, /*requires_grad=*/true);
   at::assert_no_internal_overlap(a.input);
@@ -89,36 +90,36 @@ at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, con
                           int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place,
                           bool in_float32) {
   check_reduction(reduction);
-  const bool is_plain = backend_of(input) != Backend::kNone && is_quiet();
+  const bool is_plain = backend_of(input) != Backend::kNone && !has_dispatch_modes();
   const auto number = ignore_index.maybe_as_int();
   const CrossEntropyArguments arguments{
       input, target, pointer_to(weight), reduction, number.value_or(-100), label_smoothing, in_float32};
-  // A traced tensor has no memory to look at; the kernel looks again when its program runs.
+  // A traced tensor has no memory to check; the kernel checks it when its program runs.
   if (needs_composite(arguments) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
     return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
   }
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
   is_in_place = is_in_place && wants_grad && is_plain && may_overwrite(arguments);
   at::Tensor loss;
-  ForBackward left;
-  left.is_plain = is_plain;
-  left.is_in_place = is_in_place;
+  SavedForBackward saved;
+  saved.is_plain = is_plain;
+  saved.is_in_place = is_in_place;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_plain && number) {
       const auto memory = memory_for(wants_grad && !is_in_place);
-      const auto factor = memory != GradientMemory::kNone ? foreseen_factor(arguments) : LossFactor{};
-      std::tie(loss, left.gradient) =
-          cross_entropy_kernel(arguments, memory, factor, is_in_place ? &left.totals : nullptr);
+      const auto factor = memory != GradientMemory::kNone ? predicted_factor(arguments) : LossFactor{};
+      std::tie(loss, saved.gradient) =
+          cross_entropy_kernel(arguments, memory, factor, is_in_place ? &saved.totals : nullptr);
     } else if (wants_grad && is_for_cpu_kernels(input)) {
-      std::tie(loss, left.keeper) = call_keep(arguments, ignore_index);
+      std::tie(loss, saved.keeper) = call_keep(arguments, ignore_index);
     } else {
-      std::tie(loss, left.gradient.grad) =
+      std::tie(loss, saved.gradient.grad) =
           call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad, in_float32);
     }
   }
   if (!wants_grad) return loss;
-  record_cross_entropy(loss, arguments, std::move(ignore_index), std::move(left));
+  record_cross_entropy(loss, arguments, std::move(ignore_index), std::move(saved));
   return loss;
 }
 
@@ -140,8 +141,8 @@ at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target
   return cross_entropy_kernel(arguments, GradientMemory::kNone).first;
 }
 
-// Under autocast losses compute in float32, as torch's does. Calls f with the arguments as they are then: as they were,
-// where the kernel computes in float32 from 16-bit logits.
+// Under autocast the loss computes in float32, as torch's does. Calls f with converted arguments, or with the given
+// ones if the kernel computes in float32 from 16-bit logits.
 template <class F>
 at::Tensor with_autocast(at::DeviceType device, const CrossEntropyArguments& given, F&& f) {
   const c10::impl::ExcludeDispatchKeyGuard guard(device == at::kCPU ? c10::DispatchKey::AutocastCPU
@@ -170,7 +171,7 @@ at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& tar
 at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
   const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
-  if (backend_of(input) == Backend::kNone || !is_quiet() || (is_profiled && !inplace_backward)) {
+  if (backend_of(input) == Backend::kNone || has_dispatch_modes() || (is_profiled && !inplace_backward)) {
     return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, /*in_float32=*/false);
   }
   const auto run = [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w, bool in_float32) {
@@ -183,11 +184,11 @@ at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target
 
 // --- Python --------------------------------------------------------------------------------------------------------
 
-// Logits from which the interpreter is let go while the loss is computed.
+// From this many logits on, the GIL is released while the loss is computed.
 constexpr int64_t kMinLogitsToReleaseGil = 1 << 15;
 
-// cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward), or NotImplemented
-// for an argument of another type than torch.Tensor or Parameter, int and float: what that is, torch says.
+// cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward). Returns
+// NotImplemented for an argument of another type than torch.Tensor or Parameter, int and float, which torch judges.
 PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, Py_ssize_t n_args) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(n_args == 7, "cross_entropy takes 7 arguments, got ", n_args);

@@ -18,7 +18,7 @@ inline const at::Tensor* pointer_to(const OptionalTensor& tensor) {
 
 inline OptionalTensor optional(const at::Tensor* tensor) { return tensor ? OptionalTensor(*tensor) : std::nullopt; }
 
-// torch's own composite; in_float32: of what is floating point in float32.
+// torch's own composite; in_float32: of floating-point arguments converted to float32.
 at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
                                bool in_float32 = false);
@@ -26,7 +26,7 @@ at::Tensor torch_cross_entropy(const at::Tensor& input, const at::Tensor& target
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32);
 
-// The loss, and its gradient.
+// Returns the loss and its gradient.
 std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
                                                 const OptionalTensor& weight, int64_t reduction,
                                                 c10::SymInt ignore_index, double label_smoothing, bool wants_grad,
@@ -34,8 +34,8 @@ std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const a
 
 at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input);
 
-// The loss, and a keeper that holds the gradient; and what takes it from there. ignore_index: the arguments' own, which
-// may be symbolic.
+// call_keep returns the loss and a keeper that owns the gradient; call_take takes it from there. ignore_index replaces
+// that of the arguments, and may be symbolic.
 std::tuple<at::Tensor, at::Tensor> call_keep(const CrossEntropyArguments& arguments, c10::SymInt ignore_index);
 at::Tensor call_take(const at::Tensor& grad_output, const at::Tensor& keeper, const CrossEntropyArguments& arguments,
                      c10::SymInt ignore_index);

@@ -8,12 +8,12 @@
 
 namespace fastopt {
 
-// Solves the problem on the device of its tensors without waiting for it; the loss. A target that is not a class makes
-// its loss and its row of the gradient NaN.
+// Launches the problem on the device of its tensors and returns the loss without waiting. A target that is not a class
+// makes its loss and its row of the gradient NaN.
 at::Tensor cross_entropy_cuda(const CrossEntropyArguments& arguments, const CrossEntropyProblem& problem,
                               at::IntArrayRef loss_sizes);
 
-// A gradient times a number on its device, in its own memory if that may be; nothing is done for a factor of 1 then.
+// A gradient times a number on its device; in its own memory if may_reuse, where a factor of 1 changes nothing.
 at::Tensor scale_gradient_cuda(const at::Tensor& grad, const at::Tensor& factor, at::ScalarType dtype, bool may_reuse);
 
 }  // namespace fastopt

@@ -19,7 +19,7 @@ namespace {
 // Sizes and strides of the positions: all dimensions but the class dimension.
 struct Positions {
   c10::SmallVector<int64_t, 6> sizes, strides;
-  // Whether the dimensions from `first` on are one dense run: then its length and step.
+  // True if the dimensions from `first` on are one evenly strided run; sets its length and stride.
   bool collapse(size_t first, int64_t& n, int64_t& stride) const {
     n = 1;
     stride = 1;
@@ -50,7 +50,7 @@ Positions positions_of(at::IntArrayRef sizes, at::IntArrayRef strides) {
   return positions;
 }
 
-// The layout in which a kernel can walk logits of these strides as they lie, if there is one.
+// The layout by which a kernel reads logits of these strides without a copy, if it can.
 std::optional<LogitLayout> layout_of(at::IntArrayRef sizes, at::IntArrayRef all_strides) {
   const int64_t dim = class_dim(sizes.size());
   const int64_t n_classes = sizes[dim];
@@ -85,7 +85,7 @@ c10::SmallVector<int64_t, 6> strides_if_contiguous(at::IntArrayRef sizes) {
   return strides;
 }
 
-// Memory for an array of the size of the logits.
+// Uninitialised memory of the size of the logits.
 at::Tensor empty_like_logits(const at::Tensor& logits, at::IntArrayRef strides, at::ScalarType dtype) {
   if (logits.is_cpu()) return empty_large(logits.sizes(), strides, dtype);
   return at::empty_strided(logits.sizes(), strides, logits.options().requires_grad(false).dtype(dtype));
@@ -151,7 +151,7 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
   check_backed(a.input, "input");
   check_backed(a.target, "target");
   if (a.weight) check_backed(*a.weight, "weight");
-  // Held, for another thread may give a tensor other memory while the kernel runs.
+  // Keeps the memory alive: another thread may give a tensor other memory while the kernel runs.
   const c10::Storage held[] = {a.input.storage(), a.target.storage(), a.weight ? a.weight->storage() : c10::Storage()};
   const bool has_indices = a.target.scalar_type() == at::kLong;
   const bool is_half = a.input.scalar_type() == at::kHalf;
@@ -162,7 +162,7 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
   problem.ignore_index = a.ignore_index;
   problem.label_smoothing = a.label_smoothing;
 
-  // The gradient lies as the logits do; logits that cannot be walked as they lie are copied once.
+  // The gradient has the strides of the logits. Logits whose strides a kernel does not support are copied once.
   at::Tensor input = a.input;
   auto layout = layout_of(input);
   auto strides = strides_if_contiguous(input.sizes());
@@ -222,11 +222,12 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
     ++kernel_calls().cross_entropy;
     return {cross_entropy_cuda(a, problem, loss_sizes), {grad}};
   }
-  if (a.weight && has_indices && a.label_smoothing != 0) {  // else a weight that is not finite would reach every row
+  if (a.weight && has_indices &&
+      a.label_smoothing != 0) {  // otherwise a weight that is not finite would affect every row
     problem.weight_sum = cpu::sum_weights(problem);
   }
 
-  // Targets are checked before any of them is used, and give the mean's denominator.
+  // All targets are checked before one is used; their tally gives the mean's denominator.
   const cpu::Threads threads = torch_threads();
   const int64_t n_positions = layout->n_outer * layout->n_inner;
   double denominator = static_cast<double>(n_positions);
@@ -241,7 +242,7 @@ std::pair<at::Tensor, LossGradient> cross_entropy_kernel(const CrossEntropyArgum
   if (a.in_float32) options = options.dtype(at::kFloat);
   const double factor = given_factor.of(denominator, c10::typeMetaToScalarType(options.dtype()));
   problem.grad_scale = a.reduction == at::Reduction::Mean ? factor / denominator : factor;
-  if (totals && !grad.defined() && cpu::has_totals(*layout, problem.dtype)) {
+  if (totals && !grad.defined() && cpu::uses_totals(*layout, problem.dtype)) {
     *totals = at::empty({n_positions, sizeof(RowTotals)}, options.dtype(at::kByte));
   }
   if (totals && totals->defined()) problem.totals = static_cast<RowTotals*>(totals->mutable_data_ptr());

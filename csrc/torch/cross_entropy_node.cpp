@@ -69,7 +69,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     }
     if (at::GradMode::is_enabled()) return {differentiable_backward(grad_output)};
 
-    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || !is_quiet();
+    const bool is_traced = !is_plain || backend_of(grad_output) == Backend::kNone || has_dispatch_modes();
     const bool has_tangent = is_forward_mode_on() && grad_output._fw_grad(/*level=*/0).defined();
     if (is_in_place && !is_traced && !has_tangent) return {backward_in_place(grad_output)};
 
@@ -96,10 +96,10 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     at::AutoDispatchBelowADInplaceOrView guard;
     if (is_traced) return {call_backward(left(), saved, logits)};
     if (backend_of(saved) != Backend::kCpu) return {scale_gradient(saved, left(), dtype, may_reuse)};
-    remember_factor(kind, number, computed, dtype != at::kHalf || computed.is_final || has_logits());
+    record_factor(kind, number, computed, dtype != at::kHalf || computed.is_final || has_logits());
     if (!number) return {scale_gradient(saved, left(), dtype, may_reuse)};
-    if (*number != known && !has_hooks && is_foreseeable(kind)) {
-      at::Tensor anew = computed_anew(*number, saved, may_reuse);
+    if (*number != known && !has_hooks && is_predictable(kind)) {
+      at::Tensor anew = recomputed_gradient(*number, saved, may_reuse);
       if (anew.defined()) return {scale_gradient(anew, 1.0, dtype, /*may_reuse=*/true)};
       check_final(*number);
     }
@@ -203,7 +203,7 @@ struct CrossEntropyBackward final : torch::autograd::Node {
 
   // With another factor; in place of the gradient that was computed, if that may be reused. Undefined if the logits
   // have been overwritten, as they may be.
-  at::Tensor computed_anew(double factor, at::Tensor& grad_before, bool may_reuse) {
+  at::Tensor recomputed_gradient(double factor, at::Tensor& grad_before, bool may_reuse) {
     Arguments saved;
     try {
       saved = unpacked_arguments();
@@ -212,8 +212,8 @@ struct CrossEntropyBackward final : torch::autograd::Node {
     }
     const CrossEntropyArguments arguments = kernel_arguments(saved);
     if (backend_of(saved.input) != Backend::kCpu || !kernel_takes(arguments)) return {};
-    return fastopt::computed_anew(arguments, factor, computed.loss_sum,
-                                  may_reuse ? std::move(grad_before) : at::Tensor());
+    return fastopt::recomputed_gradient(arguments, factor, computed.loss_sum,
+                                        may_reuse ? std::move(grad_before) : at::Tensor());
   }
 
   // A gradient that is rounded already has lost what is small beside its factor.
@@ -262,7 +262,7 @@ auto make_node() {
 }  // namespace
 
 void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
-                          ForBackward left) {
+                          SavedForBackward left) {
   auto node = make_node<decltype(torch::autograd::Edge::function)>();
   node->set_next_edges(torch::autograd::collect_next_edges(arguments.input));
   node->grad = SavedVariable(std::exchange(left.gradient.grad, {}), /*is_output=*/false);

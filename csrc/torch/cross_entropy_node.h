@@ -1,4 +1,4 @@
-// Cross-entropy under autograd: the node whose backward hands on, or computes, the gradient.
+// Cross-entropy under autograd: the node whose backward returns or computes the gradient.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,17 +7,17 @@
 
 namespace fastopt {
 
-// Whatever a loss has left for its backward.
-struct ForBackward {
+// Results of the forward that the backward needs.
+struct SavedForBackward {
   LossGradient gradient;  // computed with the loss, or undefined
-  at::Tensor keeper;      // holds the gradient, in a traced program
-  at::Tensor totals;      // of the rows, for a gradient in place; undefined where the kernel finds none
+  at::Tensor keeper;      // owns the gradient, in a traced program
+  at::Tensor totals;      // of the rows, for a gradient in place; undefined if the kernel computes none
   bool is_plain;          // the loss was computed on an ordinary tensor, not on a traced one
-  bool is_in_place;       // the gradient will be computed in the backward, over the logits
+  bool is_in_place;       // the backward will compute the gradient in the memory of the logits
 };
 
 // Makes loss a function of the arguments' input.
 void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
-                          ForBackward left);
+                          SavedForBackward results);
 
 }  // namespace fastopt

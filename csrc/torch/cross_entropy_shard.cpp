@@ -12,9 +12,9 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// Rows as they lie, where the kernels take them.
+// The layout of rows that the kernels take, or nothing.
 std::optional<LogitLayout> rows_of(const at::Tensor& input, const OptionalTensor& weight) {
-  if (backend_of(input) != Backend::kCpu || !is_quiet() || !dtype_of(input)) return std::nullopt;
+  if (backend_of(input) != Backend::kCpu || has_dispatch_modes() || !dtype_of(input)) return std::nullopt;
   if (weight && !is_plain_cpu(*weight)) return std::nullopt;
   if ((input.dim() != 1 && input.dim() != 2) || input.numel() == 0 || input.strides().back() != 1) return std::nullopt;
   const int64_t n_classes = input.sizes().back();
@@ -23,7 +23,7 @@ std::optional<LogitLayout> rows_of(const at::Tensor& input, const OptionalTensor
   return LogitLayout{is_one ? 1 : input.size(0), n_classes, 1, is_one ? n_classes : input.stride(0), 1};
 }
 
-// Numbers of each row, or of each class, as they lie in memory.
+// Raises RuntimeError unless the tensor is a contiguous CPU array of these sizes and this dtype.
 void check_vector(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, at::ScalarType dtype) {
   TORCH_CHECK(
       is_plain_cpu(tensor) && tensor.sizes() == sizes && tensor.scalar_type() == dtype && tensor.is_contiguous(), name,
@@ -46,13 +46,13 @@ cpu::LogitShard shard_of(const at::Tensor& input, const LogitLayout& rows, const
   return shard;
 }
 
-// Of each row: maximum, sum exp(x - max) and, if smoothed, sum w (x - max), as float64 of shape (2 or 3, rows); None
-// if torch must serve. is_kept: (rows,), the weight in the type that is computed in.
+// The maximum, sum exp(x - max) and, if smoothed, sum w (x - max) of each row, as float64 of shape (2 or 3, rows); None
+// if the kernels do not take the rows. is_kept: (rows,); weight: in the compute type.
 OptionalTensor shard_totals(const at::Tensor& input, const at::Tensor& is_kept, const OptionalTensor& weight,
                             bool is_smoothed) {
   const auto rows = rows_of(input, weight);
   if (!rows) return std::nullopt;
-  // Held, for another thread may give a tensor other memory while the kernel runs.
+  // Keeps the memory alive: another thread may give a tensor other memory while the kernel runs.
   const c10::Storage held[] = {input.storage(), is_kept.storage(), weight ? weight->storage() : c10::Storage()};
   const cpu::LogitShard shard = shard_of(input, *rows, is_kept, weight, is_smoothed);
   at::Tensor totals = at::empty({2 + is_smoothed, shard.n_rows}, at::kDouble);
@@ -62,8 +62,8 @@ OptionalTensor shard_totals(const at::Tensor& input, const at::Tensor& is_kept, 
   return totals;
 }
 
-// The gradient, or None if torch must serve. target: (rows,), as classes of this process; numbers: float64 of shape
-// (5, rows), the arrays of cpu::ShardGradient from max to scale.
+// The gradient, or None if the kernels do not take the rows. target: (rows,), as indices into this process's classes;
+// numbers: float64 of shape (5, rows), the arrays of cpu::ShardGradient from max to scale.
 OptionalTensor shard_gradient(const at::Tensor& input, const at::Tensor& target, const at::Tensor& is_kept,
                               const OptionalTensor& weight, const at::Tensor& numbers, double off, bool is_smoothed) {
   const auto rows = rows_of(input, weight);

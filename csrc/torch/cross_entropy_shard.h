@@ -1,4 +1,4 @@
-// Cross-entropy of logits whose classes are spread over processes: what each process computes of its own.
+// Cross-entropy of logits whose classes are sharded over processes: the part that each process computes.
 #pragma once
 
 #include <torch/csrc/utils/pybind.h>

@@ -1,6 +1,6 @@
-// A gradient that is computed with a loss and handed on in its backward, in a program that torch.compile has made: as
-// an array between two operators it could not be, for an operator may not return what it was given, and a copy would
-// cost as much as the loss.
+// In programs that torch.compile makes: a gradient that is computed with the loss and returned by its backward without
+// a copy, which would cost as much as the loss. As a tensor that one operator passes to another it would have to be
+// copied, since an operator may not return its argument.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,10 +11,10 @@
 
 namespace fastopt {
 
-// A tensor of one byte that holds a gradient in its memory's context. What copies the byte does not copy the gradient.
+// A tensor of one byte whose memory owns a gradient. A copy of the tensor does not own it.
 at::Tensor keep_gradient(LossGradient gradient);
 
-// The gradient, which the tensor then holds no longer; nothing if it holds none.
+// Moves the gradient out of the tensor; nothing if the tensor owns none.
 std::optional<LossGradient> take_gradient(const at::Tensor& keeper);
 
 }  // namespace fastopt

@@ -16,8 +16,7 @@ namespace {
 
 class LossFactors {
  public:
-  // Of losses that are alike in this number.
-  LossFactor foreseen(uint64_t kind) {
+  LossFactor predicted(uint64_t kind) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Entry& entry = entry_of(kind);
     return entry.kind == kind ? entry.factor : LossFactor{};
@@ -56,16 +55,15 @@ LossKind kind_of(const CrossEntropyArguments& a) {
 
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
-LossFactor foreseen_factor(const CrossEntropyArguments& arguments) {
+LossFactor predicted_factor(const CrossEntropyArguments& arguments) {
   const LossKind kind = kind_of(arguments);
-  return is_foreseeable(kind) && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
-             ? loss_factors().foreseen(kind.number)
+  return is_predictable(kind) && backend_of(arguments.input) == Backend::kCpu && !has_saved_tensor_hooks()
+             ? loss_factors().predicted(kind.number)
              : LossFactor{};
 }
 
-void remember_factor(const LossKind& kind, std::optional<double> number, const LossGradient& gradient,
-                     bool has_logits) {
-  if (!is_foreseeable(kind)) return;
+void record_factor(const LossKind& kind, std::optional<double> number, const LossGradient& gradient, bool has_logits) {
+  if (!is_predictable(kind)) return;
   LossFactor factor{number.value_or(1)};
   constexpr LossFactor kMean{1, true};
   if (kind.reduction == at::Reduction::Sum && number == kMean.of(gradient.denominator, kind.loss_dtype)) factor = kMean;
@@ -73,8 +71,8 @@ void remember_factor(const LossKind& kind, std::optional<double> number, const L
   loss_factors().remember(kind.number, factor);
 }
 
-at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, std::optional<double> loss_sum,
-                         at::Tensor into) {
+at::Tensor recomputed_gradient(const CrossEntropyArguments& arguments, double factor, std::optional<double> loss_sum,
+                               at::Tensor into) {
   if (!is_backed(arguments.input)) return {};
   const bool is_given = into.defined();
   const LossFactor known{factor, /*is_mean=*/false, /*is_known=*/true};
@@ -89,13 +87,13 @@ at::Tensor computed_anew(const CrossEntropyArguments& arguments, double factor, 
   return {};
 }
 
-at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::Tensor& grad_output,
+at::Tensor compiled_backward(const CrossEntropyArguments& arguments, const at::Tensor& grad_output,
                              std::optional<LossGradient> computed) {
   check_backed(grad_output, "grad_output");
   const auto number = repeated_number_in(grad_output);
   const auto dtype = arguments.input.scalar_type();
   const LossKind kind = kind_of(arguments);
-  const bool has_factor = number && is_foreseeable(kind);
+  const bool has_factor = number && is_predictable(kind);
   if (computed && computed->is_final && !number) computed.reset();
   if (!computed) {
     const LossFactor wanted{has_factor ? *number : 1, /*is_mean=*/false, /*is_known=*/has_factor};
@@ -103,11 +101,11 @@ at::Tensor finished_gradient(const CrossEntropyArguments& arguments, const at::T
   }
   at::Tensor& grad = computed->grad;
   double& factor = computed->factor;
-  remember_factor(kind, number, *computed, /*has_logits=*/true);
+  record_factor(kind, number, *computed, /*has_logits=*/true);
   if (has_factor && *number != factor) {
     check_backed(arguments.input, "input");
-    // A compiled program does not overwrite its logits; it may compute them anew, and not to the last bit.
-    grad = computed_anew(arguments, *number, /*loss_sum=*/std::nullopt, std::move(grad));
+    // A compiled program does not overwrite its logits, but may recompute them with other rounding.
+    grad = recomputed_gradient(arguments, *number, /*loss_sum=*/std::nullopt, std::move(grad));
     factor = *number;
   }
   if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);

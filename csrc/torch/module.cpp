@@ -22,7 +22,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });
-  module.def("stream_beyond", &fastopt::cpu::stream_beyond);
+  module.def("set_streaming_threshold", &fastopt::cpu::set_streaming_threshold);
   module.def("empty_cache", &fastopt::release_kept_block);
   module.def("zero_state", &fastopt::zero_state);
   module.attr("huge_page") = fastopt::cpu::kHugePage;

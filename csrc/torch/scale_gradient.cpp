@@ -14,22 +14,22 @@
 namespace fastopt {
 namespace {
 
-// Elements up to which the result has memory of its own: each thread then rounds what it wrote, in one pass.
+// Results of up to this many elements have memory of their own: then one pass rounds them.
 constexpr int64_t kMaxApart = 1 << 20;
-// Elements of more that are multiplied, then rounded: they stay in the second-level cache between.
+// Larger ones are multiplied and then rounded in windows of this many elements, which stay in the second-level cache.
 constexpr int64_t kWindow = 1 << 17;
 
-// A tensor of 16-bit numbers over the memory of one of 32-bit numbers that nobody needs afterwards.
+// A tensor of 16-bit numbers in the memory of a tensor of 32-bit numbers that is not needed any more.
 at::Tensor in_place_of(const at::Tensor& wide, at::ScalarType dtype) {
   return at::empty({0}, wide.options().dtype(dtype)).set_(wide.storage(), 0, wide.sizes(), wide.strides());
 }
 
-// grad, times a number if there is one, rounded once. If it is large, in windows, so that there is no other array of
-// its size; in the gradient's own memory, if that is free, each window goes where none was left to read.
+// grad times factor, if given, rounded once. A large one is processed in windows, so that no other array of its size is
+// needed; in the gradient's own memory, if may_reuse, each window is written where all elements have been read.
 at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::ScalarType dtype, bool may_reuse) {
   const int64_t n = grad.numel();
   const bool is_whole = !is_plain_cpu(grad) || n <= kMaxApart || !grad.is_non_overlapping_and_dense();
-  if (factor && (is_whole || factor->numel() != 1)) {  // or one for each position
+  if (factor && (is_whole || factor->numel() != 1)) {  // a factor for each position is not windowed
     grad = may_reuse ? grad.mul_(*factor) : at::mul(grad, *factor);
     factor.reset();
     may_reuse = true;
@@ -41,7 +41,7 @@ at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::Scalar
   at::Tensor result = may_reuse ? in_place_of(grad, dtype) : at::empty_like(grad, dtype);
   const at::Tensor to = result.as_strided({n}, {1});
   for (int64_t begin = 0, size = 0; begin < n; begin += size) {
-    const bool is_copied = begin == 0 || !may_reuse;  // only later windows lie apart from where they go
+    const bool is_copied = begin == 0 || !may_reuse;  // the first window overlaps its result
     size = std::min(kWindow, n - begin);
     at::Tensor window = from.narrow(0, begin, size);
     if (is_copied) {
@@ -51,7 +51,7 @@ at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::Scalar
     }
     to.narrow(0, begin, size).copy_(window);
   }
-  // What the result holds is what it is saved with; the rest is free with it.
+  // Saving the result saves its whole storage, so that is given the result's size.
   if (may_reuse) result.storage().unsafeGetStorageImpl()->set_nbytes(result.nbytes());
   return result;
 }
@@ -65,7 +65,7 @@ at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
 }
 
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
-  check_backed(grad, "grad");  // which a hook for saved tensors gave back
+  check_backed(grad, "grad");  // a hook for saved tensors may have replaced it
   check_backed(grad_output, "grad_output");
   const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
   if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
@@ -84,7 +84,7 @@ at::Tensor scale_gradient(const at::Tensor& grad, double factor, at::ScalarType 
     return rounded(grad, is_one ? std::nullopt : std::optional(at::scalar_tensor(factor, grad.options())), dtype,
                    may_reuse);
   }
-  if (!may_reuse) return is_one ? grad.clone() : at::mul(grad, factor);  // it is kept for another backward
+  if (!may_reuse) return is_one ? grad.clone() : at::mul(grad, factor);  // grad is kept for another backward
   return is_one ? grad : grad.mul_(factor);
 }
 

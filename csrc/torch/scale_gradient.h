@@ -5,14 +5,14 @@
 
 namespace fastopt {
 
-// The loss's own gradient so that it multiplies that of the logits, whose type it takes.
+// grad_output in the type of grad and in a shape that broadcasts against it.
 at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad);
 
-// grad times grad_output, a number or one for each position, in the dtype of the logits. may_reuse: the memory of
-// `grad`, which nobody else holds, may be that of the result.
+// grad times grad_output, a number or one for each position, in the dtype of the logits. may_reuse: the result may take
+// the memory of `grad`, which nothing else references.
 at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse);
 
-// The same of a number.
+// The same with a number.
 at::Tensor scale_gradient(const at::Tensor& grad, double factor, at::ScalarType dtype, bool may_reuse);
 
 }  // namespace fastopt
