@@ -152,7 +152,7 @@ def csrc():
 
 def sources(root):
     """Translation units of the extension: every .cpp of the folders, so a new kernel needs no entry here."""
-    return sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).glob("*.cpp"))
+    return sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*.cpp"))
 
 
 def digest(root, files, recipes):

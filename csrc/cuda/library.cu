@@ -1,7 +1,7 @@
 // The library's one exported function.
 #include "cuda/library.h"
 
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/plan.h"
 #include "cuda/device.h"
 #include "cuda/scale.h"
 #include "cuda/update.h"

@@ -2,14 +2,13 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/cross_entropy.h"
+#include "cpu/cross_entropy/solve.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "torch/context.h"
-#include "torch/cross_entropy.h"
-#include "torch/cross_entropy_shard.h"
 #include "torch/cuda_library.h"
 #include "torch/large_arrays.h"
+#include "torch/losses/bindings.h"
 #include "torch/step_plan.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

@@ -1,4 +1,4 @@
-#include "torch/scale_gradient.h"
+#include "torch/losses/scale_gradient.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "torch/context.h"
-#include "torch/cross_entropy_cuda.h"
+#include "torch/losses/cross_entropy_cuda.h"
 
 namespace fastopt {
 namespace {

@@ -1,4 +1,4 @@
-#include "torch/cross_entropy_node.h"
+#include "torch/losses/cross_entropy_node.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/alias.h>
@@ -18,9 +18,9 @@
 #include <utility>      // exchange
 
 #include "torch/context.h"
-#include "torch/cross_entropy_calls.h"
-#include "torch/loss_factor.h"
-#include "torch/scale_gradient.h"
+#include "torch/losses/cross_entropy_calls.h"
+#include "torch/losses/loss_factor.h"
+#include "torch/losses/scale_gradient.h"
 
 namespace fastopt {
 namespace {

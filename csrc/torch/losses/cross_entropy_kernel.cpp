@@ -1,4 +1,4 @@
-#include "torch/cross_entropy_kernel.h"
+#include "torch/losses/cross_entropy_kernel.h"
 
 #include <ATen/ops/alias.h>
 #include <ATen/ops/empty.h>
@@ -8,10 +8,10 @@
 #include <limits>       // numeric_limits
 #include <type_traits>  // conditional_t
 
-#include "cpu/cross_entropy.h"
+#include "cpu/cross_entropy/solve.h"
 #include "torch/context.h"
-#include "torch/cross_entropy_cuda.h"
 #include "torch/large_arrays.h"
+#include "torch/losses/cross_entropy_cuda.h"
 
 namespace fastopt {
 namespace {

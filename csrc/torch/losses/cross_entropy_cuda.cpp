@@ -1,4 +1,4 @@
-#include "torch/cross_entropy_cuda.h"
+#include "torch/losses/cross_entropy_cuda.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>

@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "losses/cross_entropy.h"
-#include "torch/cross_entropy_kernel.h"
+#include "torch/losses/cross_entropy_kernel.h"
 
 namespace fastopt {
 

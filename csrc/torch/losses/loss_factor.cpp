@@ -1,4 +1,4 @@
-#include "torch/loss_factor.h"
+#include "torch/losses/loss_factor.h"
 
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/div.h>
@@ -9,7 +9,7 @@
 #include <utility>  // move
 
 #include "torch/context.h"
-#include "torch/scale_gradient.h"
+#include "torch/losses/scale_gradient.h"
 
 namespace fastopt {
 namespace {

@@ -1,4 +1,4 @@
-#include "torch/kept_gradient.h"
+#include "torch/losses/kept_gradient.h"
 
 #include <ATen/ops/empty.h>
 

@@ -1,8 +1,8 @@
 // One thread's wide rows, one after the other.
 #pragma once
 
-#include "cpu/cross_entropy_row.h"
-#include "cpu/cross_entropy_run.h"
+#include "cpu/cross_entropy/call.h"
+#include "cpu/cross_entropy/row.h"
 #include "cpu/scratch.h"
 
 namespace fastopt::cpu {

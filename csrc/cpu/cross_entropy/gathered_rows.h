@@ -5,11 +5,11 @@
 #include <algorithm>    // min
 #include <type_traits>  // is_same_v
 
-#include "cpu/cross_entropy_row.h"
-#include "cpu/cross_entropy_row_run.h"
-#include "cpu/cross_entropy_run.h"
+#include "cpu/cross_entropy/call.h"
+#include "cpu/cross_entropy/row.h"
+#include "cpu/cross_entropy/rows.h"
+#include "cpu/cross_entropy/tile_copies.h"
 #include "cpu/scratch.h"
-#include "cpu/tile_copies.h"
 
 namespace fastopt::cpu {
 

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "torch/cross_entropy_kernel.h"
+#include "torch/losses/cross_entropy_kernel.h"
 
 namespace fastopt {
 

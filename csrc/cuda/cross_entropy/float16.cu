@@ -1,5 +1,5 @@
 // The cross-entropy kernels for float16 logits.
-#include "cuda/cross_entropy_launch.cuh"
+#include "cuda/cross_entropy/launch_kernels.cuh"
 
 namespace fastopt::cuda {
 

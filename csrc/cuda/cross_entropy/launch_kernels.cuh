@@ -1,8 +1,8 @@
 // Launches the kernels of a cross-entropy as its plan says; compiled for each stored type in a file of its own.
 #pragma once
 
-#include "cuda/cross_entropy.h"
-#include "cuda/cross_entropy_positions.cuh"
+#include "cuda/cross_entropy/plan.h"
+#include "cuda/cross_entropy/positions.cuh"
 #include "cuda/device.h"
 
 namespace fastopt::cuda {

@@ -6,7 +6,7 @@
 #include <optional>
 #include <tuple>
 
-#include "torch/cross_entropy_kernel.h"
+#include "torch/losses/cross_entropy_kernel.h"
 
 namespace fastopt {
 

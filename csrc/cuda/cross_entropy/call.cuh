@@ -1,7 +1,7 @@
 // Constants that all rows of a call share, and the reduction of their losses.
 #pragma once
 
-#include "cuda/cross_entropy_row.cuh"
+#include "cuda/cross_entropy/row.cuh"
 
 namespace fastopt::cuda {
 

@@ -1,7 +1,7 @@
 // Cross-entropy with one thread per position: columns of images, and rows of few classes.
 #pragma once
 
-#include "cuda/cross_entropy_kernel.cuh"
+#include "cuda/cross_entropy/rows.cuh"
 
 namespace fastopt::cuda {
 

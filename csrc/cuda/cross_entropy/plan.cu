@@ -1,9 +1,9 @@
 // Plans a cross-entropy: kernel, number of blocks, and layout of the workspace.
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/plan.h"
 
 #include <algorithm>  // max, min
 
-#include "cuda/cross_entropy_launch.cuh"
+#include "cuda/cross_entropy/launch_kernels.cuh"
 #include "cuda/device.h"
 
 namespace fastopt::cuda {

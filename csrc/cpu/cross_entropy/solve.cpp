@@ -1,5 +1,5 @@
 // Divides a cross-entropy problem into tasks of fixed size, whatever the number of threads, and runs them.
-#include "cpu/cross_entropy.h"
+#include "cpu/cross_entropy/solve.h"
 
 #include <algorithm>  // clamp, max, min
 #include <atomic>
@@ -7,12 +7,12 @@
 #include <cstdio>     // fopen, fscanf
 #include <vector>
 
-#include "cpu/cross_entropy_gathered.h"
-#include "cpu/cross_entropy_row_run.h"
-#include "cpu/cross_entropy_run.h"
-#include "cpu/cross_entropy_tile.h"
+#include "cpu/cross_entropy/call.h"
+#include "cpu/cross_entropy/gathered_rows.h"
+#include "cpu/cross_entropy/rows.h"
+#include "cpu/cross_entropy/tile.h"
+#include "cpu/cross_entropy/tile_copies.h"
 #include "cpu/scratch.h"
-#include "cpu/tile_copies.h"
 
 namespace fastopt::cpu {
 namespace {

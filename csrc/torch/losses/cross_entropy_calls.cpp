@@ -1,4 +1,4 @@
-#include "torch/cross_entropy_calls.h"
+#include "torch/losses/cross_entropy_calls.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cross_entropy_loss.h>

@@ -1,12 +1,12 @@
-#include "cpu/cross_entropy_shard.h"
+#include "cpu/cross_entropy/shard.h"
 
 #include <algorithm>    // max, min
 #include <limits>       // numeric_limits
 #include <type_traits>  // conditional_t, integral_constant
 
-#include "cpu/cross_entropy.h"
-#include "cpu/cross_entropy_row.h"
-#include "cpu/cross_entropy_run.h"
+#include "cpu/cross_entropy/call.h"
+#include "cpu/cross_entropy/row.h"
+#include "cpu/cross_entropy/solve.h"
 
 namespace fastopt::cpu {
 namespace {

@@ -1,7 +1,7 @@
 // The cross-entropy kernels of rows: a row to a warp, to a block or to several blocks.
 #pragma once
 
-#include "cuda/cross_entropy_scene.cuh"
+#include "cuda/cross_entropy/call.cuh"
 
 namespace fastopt::cuda {
 

@@ -1,8 +1,8 @@
-#include "torch/cross_entropy_shard.h"
+#include "torch/losses/bindings.h"
 
 #include <ATen/ops/empty.h>
 
-#include "cpu/cross_entropy_shard.h"
+#include "cpu/cross_entropy/shard.h"
 #include "losses/cross_entropy.h"
 #include "torch/context.h"
 #include "torch/large_arrays.h"

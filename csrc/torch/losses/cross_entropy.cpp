@@ -1,4 +1,4 @@
-#include "torch/cross_entropy.h"
+#include "torch/losses/bindings.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
@@ -11,13 +11,13 @@
 #include <torch/library.h>
 
 #include "torch/context.h"
-#include "torch/cross_entropy_calls.h"
-#include "torch/cross_entropy_kernel.h"
-#include "torch/cross_entropy_node.h"
-#include "torch/kept_gradient.h"
-#include "torch/loss_factor.h"
+#include "torch/losses/cross_entropy_calls.h"
+#include "torch/losses/cross_entropy_kernel.h"
+#include "torch/losses/cross_entropy_node.h"
+#include "torch/losses/kept_gradient.h"
+#include "torch/losses/loss_factor.h"
+#include "torch/losses/scale_gradient.h"
 #include "torch/operators.h"
-#include "torch/scale_gradient.h"
 
 namespace fastopt {
 namespace {
