@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "cpu/cross_entropy/solve.h"
+#include "cpu/cross_entropy/targets.h"
+#include "cpu/streaming.h"
 #include "cpu/update.h"
 #include "run_on_threads.h"
 

@@ -2,9 +2,9 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/cross_entropy/solve.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
+#include "cpu/streaming.h"
 #include "torch/context.h"
 #include "torch/cuda_library.h"
 #include "torch/large_arrays.h"

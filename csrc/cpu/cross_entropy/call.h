@@ -1,9 +1,10 @@
 // State shared by all threads of one cross-entropy call.
 #pragma once
 
-#include <algorithm>  // copy_n, min
+#include <algorithm>  // min
 #include <atomic>
 
+#include "cpu/cross_entropy/targets.h"
 #include "cpu/parallel.h"
 #include "losses/cross_entropy.h"
 
@@ -18,11 +19,11 @@ inline Threads at_most(const Threads& threads, int64_t n_logits) {
   return {static_cast<int>(std::min<int64_t>(threads.count, n_logits / kMinLogitsPerThread)), threads.on_each};
 }
 
-// Copies targets, which another thread or process may write meanwhile. The barrier keeps the compiler from reading them
-// again, so that the checked value is the used one.
-inline void copy_targets(const int64_t* from, int64_t n, int64_t* to) {
-  std::copy_n(from, n, to);
-  asm volatile("" ::: "memory");
+template <class T>
+TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
+  const double smoothing = p.label_smoothing;
+  const double off = smoothing / p.logits_layout.n_classes;
+  return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
 }
 
 // Stores the loss of a position if the losses of all positions are wanted.
@@ -30,9 +31,6 @@ template <class S>
 void store_loss(const CrossEntropyProblem& problem, int64_t position, double loss) {
   if (problem.losses) store(static_cast<S*>(problem.losses)[position], static_cast<compute_t<S>>(loss));
 }
-
-// The number of targets that are neither classes nor ignored.
-int64_t count_bad_targets(const int64_t* targets, int64_t n, int64_t n_classes, int64_t ignore_index);
 
 struct CrossEntropyCall {
   const CrossEntropyProblem& problem;

@@ -7,13 +7,6 @@
 
 namespace fastopt::cpu {
 
-template <class T>
-TargetTerms<T> target_terms(const CrossEntropyProblem& p) {
-  const double smoothing = p.label_smoothing;
-  const double off = smoothing / p.logits_layout.n_classes;
-  return {1 - smoothing, off * p.weight_sum, T(off), T(1 - smoothing), static_cast<const T*>(p.weight)};
-}
-
 // Reads the target of a position into its row and terms; false if it is ignored.
 template <class S, class T>
 bool read_target(CrossEntropyCall& call, int64_t position, Row<S>& row, TargetTerms<T>& terms) {

@@ -5,8 +5,9 @@
 #include <type_traits>  // conditional_t, integral_constant
 
 #include "cpu/cross_entropy/call.h"
-#include "cpu/cross_entropy/row.h"
-#include "cpu/cross_entropy/solve.h"
+#include "cpu/cross_entropy/row_gradient.h"
+#include "cpu/cross_entropy/row_sums.h"
+#include "cpu/streaming.h"
 
 namespace fastopt::cpu {
 namespace {

@@ -9,6 +9,7 @@
 #include <type_traits>  // conditional_t
 
 #include "cpu/cross_entropy/solve.h"
+#include "cpu/cross_entropy/targets.h"
 #include "torch/context.h"
 #include "torch/large_arrays.h"
 #include "torch/losses/cross_entropy_cuda.h"
