@@ -3,9 +3,9 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "torch/bindings.h"
 #include "torch/operators.h"
 
 namespace fastopt {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <c10/core/DeviceGuard.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 
@@ -30,8 +29,5 @@ class CudaDevice {
 
 // Raises RuntimeError for an error of the library; `what` names the operation and its sizes.
 void check_cuda(int error, const std::string& what, c10::Device device);
-
-// Adds load_cuda, load_host_shim and cuda_architectures to the module.
-void bind_cuda_library(pybind11::module_& module);
 
 }  // namespace fastopt

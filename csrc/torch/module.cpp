@@ -5,10 +5,9 @@
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/streaming.h"
+#include "torch/bindings.h"
 #include "torch/context.h"
-#include "torch/cuda_library.h"
 #include "torch/large_arrays.h"
-#include "torch/losses/bindings.h"
 #include "torch/step_plan.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

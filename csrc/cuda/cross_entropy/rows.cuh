@@ -83,7 +83,7 @@ __device__ __forceinline__ compute_t<S> compute_row(const CrossEntropyWork& work
   T loss;
   const GradientConstants<T> gradient = finish_row<S, kIsUniform, T>(p, constants, sums, target, target_logit, loss);
   if (slice.grad) {
-    Group::sync();  // the gradient may lie over the logits
+    Group::sync();  // the gradient may overwrite the logits
     write_gradient<S, kIsUniform, Group>(slice, constants.smoothed, gradient);
   }
   return loss;

@@ -1,4 +1,4 @@
-#include "torch/losses/bindings.h"
+#include "torch/bindings.h"
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
@@ -31,28 +31,37 @@ void check_reduction(int64_t reduction) {
 
 GradientMemory memory_for(bool wants_grad) { return wants_grad ? GradientMemory::kFresh : GradientMemory::kNone; }
 
+// An operator whose arguments are those of fastopt::cross_entropy, as a function of one struct.
+template <auto kFunction>
+auto from_schema(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                 c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
+  const CrossEntropyOptions options{reduction, std::move(ignore_index), label_smoothing, in_float32};
+  return kFunction({input, target, pointer_to(weight), options});
+}
+
+at::Tensor loss_kernel(const CrossEntropyArguments& arguments) {
+  check_reduction(arguments.options.reduction);
+  if (!kernel_takes(arguments)) return torch_cross_entropy(arguments);
+  return cross_entropy_kernel(arguments, GradientMemory::kNone).first;
+}
+
 std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& input, const at::Tensor& target,
                                                   const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                   double label_smoothing, bool wants_grad, bool in_float32) {
   check_reduction(reduction);
-  auto [loss, gradient] =
-      cross_entropy_kernel({input, target, pointer_to(weight), reduction, ignore_index, label_smoothing, in_float32},
-                           memory_for(wants_grad));
+  const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, in_float32};
+  auto [loss, gradient] = cross_entropy_kernel({input, target, pointer_to(weight), options}, memory_for(wants_grad));
   if (!gradient.grad.defined()) gradient.grad = at::empty({0}, input.options().requires_grad(false));
   return {loss, gradient.grad};
 }
 
 at::Tensor backward_kernel(const at::Tensor& grad_output, const at::Tensor& grad, const at::Tensor& input) {
-  return scale_gradient(grad, grad_output, input.scalar_type(), /*may_reuse=*/false);
+  return scale_gradient(grad, along_classes(grad_output, grad), input.scalar_type(), /*may_reuse=*/false);
 }
 
 // In a compiled program on the CPU: returns the loss, and a keeper that owns its gradient.
-std::tuple<at::Tensor, at::Tensor> keep_kernel(const at::Tensor& input, const at::Tensor& target,
-                                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                               double label_smoothing, bool in_float32) {
-  check_reduction(reduction);
-  const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
-                                        ignore_index, label_smoothing, in_float32};
+std::tuple<at::Tensor, at::Tensor> keep_kernel(const CrossEntropyArguments& arguments) {
+  check_reduction(arguments.options.reduction);
   auto [loss, gradient] = cross_entropy_kernel(arguments, GradientMemory::kFresh, predicted_factor(arguments));
   return {loss, keep_gradient(std::move(gradient))};
 }
@@ -60,9 +69,8 @@ std::tuple<at::Tensor, at::Tensor> keep_kernel(const at::Tensor& input, const at
 at::Tensor take_kernel(const at::Tensor& grad_output, const at::Tensor& keeper, const at::Tensor& input,
                        const at::Tensor& target, const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                        double label_smoothing, bool in_float32) {
-  const CrossEntropyArguments arguments{input,        target,          pointer_to(weight), reduction,
-                                        ignore_index, label_smoothing, in_float32};
-  return compiled_backward(arguments, grad_output, take_gradient(keeper));
+  const CrossEntropyOptions options{reduction, ignore_index, label_smoothing, in_float32};
+  return compiled_backward({input, target, pointer_to(weight), options}, grad_output, take_gradient(keeper));
 }
 
 // --- Autograd ------------------------------------------------------------------------------------------------------
@@ -86,17 +94,13 @@ bool may_overwrite(const CrossEntropyArguments& a) {
   return !may_overlap_itself(a.input) && is_apart(a.target) && (!a.weight || is_apart(*a.weight));
 }
 
-at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool is_in_place,
-                          bool in_float32) {
-  check_reduction(reduction);
+at::Tensor differentiable(const CrossEntropyArguments& arguments, bool is_in_place) {
+  const at::Tensor& input = arguments.input;
+  check_reduction(arguments.options.reduction);
   const bool is_plain = backend_of(input) != Backend::kNone && !has_dispatch_modes();
-  const auto number = ignore_index.maybe_as_int();
-  const CrossEntropyArguments arguments{
-      input, target, pointer_to(weight), reduction, number.value_or(-100), label_smoothing, in_float32};
   // A traced tensor has no memory to check; the kernel checks it when its program runs.
   if (needs_composite(arguments) || !(is_plain ? kernel_takes(arguments) : fits_kernel(arguments))) {
-    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
+    return torch_cross_entropy(arguments);
   }
   const bool wants_grad = at::GradMode::is_enabled() && input.requires_grad();
   is_in_place = is_in_place && wants_grad && is_plain && may_overwrite(arguments);
@@ -106,39 +110,24 @@ at::Tensor differentiable(const at::Tensor& input, const at::Tensor& target, con
   saved.is_in_place = is_in_place;
   {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (is_plain && number) {
+    if (is_plain && arguments.options.ignore_index.maybe_as_int()) {
       const auto memory = memory_for(wants_grad && !is_in_place);
       const auto factor = memory != GradientMemory::kNone ? predicted_factor(arguments) : LossFactor{};
       std::tie(loss, saved.gradient) =
           cross_entropy_kernel(arguments, memory, factor, is_in_place ? &saved.totals : nullptr);
     } else if (wants_grad && is_for_cpu_kernels(input)) {
-      std::tie(loss, saved.keeper) = call_keep(arguments, ignore_index);
+      std::tie(loss, saved.keeper) = call_keep(arguments);
     } else {
-      std::tie(loss, saved.gradient.grad) =
-          call_forward(input, target, weight, reduction, ignore_index, label_smoothing, wants_grad, in_float32);
+      std::tie(loss, saved.gradient.grad) = call_forward(arguments, wants_grad);
     }
   }
   if (!wants_grad) return loss;
-  record_cross_entropy(loss, arguments, std::move(ignore_index), std::move(saved));
+  record_cross_entropy(loss, arguments, std::move(saved));
   return loss;
 }
 
-at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                  bool in_float32) {
-  return differentiable(input, target, weight, reduction, std::move(ignore_index), label_smoothing,
-                        /*is_in_place=*/false, in_float32);
-}
-
-at::Tensor cross_entropy_plain(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, c10::SymInt ignore_index, double label_smoothing, bool in_float32) {
-  check_reduction(reduction);
-  const CrossEntropyArguments arguments{
-      input, target, pointer_to(weight), reduction, ignore_index.expect_int(), label_smoothing, in_float32};
-  if (!kernel_takes(arguments)) {
-    return torch_cross_entropy(input, target, weight, reduction, std::move(ignore_index), label_smoothing, in_float32);
-  }
-  return cross_entropy_kernel(arguments, GradientMemory::kNone).first;
+at::Tensor differentiable_loss(const CrossEntropyArguments& arguments) {
+  return differentiable(arguments, /*is_in_place=*/false);
 }
 
 // Under autocast the loss computes in float32, as torch's does. Calls f with converted arguments, or with the given
@@ -147,39 +136,31 @@ template <class F>
 at::Tensor with_autocast(at::DeviceType device, const CrossEntropyArguments& given, F&& f) {
   const c10::impl::ExcludeDispatchKeyGuard guard(device == at::kCPU ? c10::DispatchKey::AutocastCPU
                                                                     : c10::DispatchKey::AutocastCUDA);
-  CrossEntropyArguments arguments = given;
-  arguments.in_float32 = true;
-  if (fits_kernel(arguments)) return f(given.input, given.target, optional(given.weight), /*in_float32=*/true);
+  CrossEntropyOptions in_float32 = given.options;
+  in_float32.in_float32 = true;
+  const CrossEntropyArguments arguments{given.input, given.target, given.weight, in_float32};
+  if (fits_kernel(arguments)) return f(arguments);
   const auto widened = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(at::kFloat, tensor, device); };
-  return f(widened(given.input), widened(given.target),
-           given.weight ? OptionalTensor(widened(*given.weight)) : std::nullopt, /*in_float32=*/false);
+  const at::Tensor input = widened(given.input), target = widened(given.target);
+  const at::Tensor weight = given.weight ? widened(*given.weight) : at::Tensor();
+  return f(CrossEntropyArguments{input, target, given.weight ? &weight : nullptr, given.options});
 }
 
 template <c10::DeviceType kDevice>
-at::Tensor cross_entropy_autocast(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, c10::SymInt ignore_index, double label_smoothing,
-                                  bool in_float32) {
-  const auto number = ignore_index.maybe_as_int().value_or(-100);
-  return with_autocast(
-      kDevice, {input, target, pointer_to(weight), reduction, number, label_smoothing},
-      [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w, bool computes_in_float32) {
-        return call_cross_entropy(x, t, w, reduction, ignore_index, label_smoothing, in_float32 || computes_in_float32);
-      });
+at::Tensor autocast_loss(const CrossEntropyArguments& arguments) {
+  return with_autocast(kDevice, arguments, call_cross_entropy);
 }
 
 // The eager fast path: ordinary tensors skip the dispatcher. Everything else is dispatched, and all while profiled.
-at::Tensor cross_entropy_eager(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                               int64_t reduction, int64_t ignore_index, double label_smoothing, bool inplace_backward) {
+at::Tensor eager_loss(const CrossEntropyArguments& arguments, bool inplace_backward) {
+  const at::Tensor& input = arguments.input;
   const bool is_profiled = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
   if (backend_of(input) == Backend::kNone || has_dispatch_modes() || (is_profiled && !inplace_backward)) {
-    return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, /*in_float32=*/false);
+    return call_cross_entropy(arguments);
   }
-  const auto run = [&](const at::Tensor& x, const at::Tensor& t, const OptionalTensor& w, bool in_float32) {
-    return differentiable(x, t, w, reduction, ignore_index, label_smoothing, inplace_backward, in_float32);
-  };
+  const auto run = [&](const CrossEntropyArguments& a) { return differentiable(a, inplace_backward); };
   const at::DeviceType device = is_plain_cpu(input) ? at::kCPU : at::kCUDA;
-  if (!at::autocast::is_autocast_enabled(device)) return run(input, target, weight, /*in_float32=*/false);
-  return with_autocast(device, {input, target, pointer_to(weight), reduction, ignore_index, label_smoothing}, run);
+  return at::autocast::is_autocast_enabled(device) ? with_autocast(device, arguments, run) : run(arguments);
 }
 
 // --- Python --------------------------------------------------------------------------------------------------------
@@ -205,15 +186,13 @@ PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, P
     PyErr_Clear();
     Py_RETURN_NOTIMPLEMENTED;
   }
-  const int64_t reduction = PyLong_AsLong(args[3]);
+  const CrossEntropyOptions options{PyLong_AsLong(args[3]), ignore_index, label_smoothing};
   const int is_in_place = PyObject_IsTrue(args[6]);
   if (is_in_place < 0) throw python_error();
   const at::Tensor& input = THPVariable_Unpack(args[0]);
   const at::Tensor& target = THPVariable_Unpack(args[1]);
-  const OptionalTensor weight = has_weight ? OptionalTensor(THPVariable_Unpack(args[2])) : std::nullopt;
-  const auto run = [&] {
-    return cross_entropy_eager(input, target, weight, reduction, ignore_index, label_smoothing, is_in_place > 0);
-  };
+  const at::Tensor* const weight = has_weight ? &THPVariable_Unpack(args[2]) : nullptr;
+  const auto run = [&] { return eager_loss({input, target, weight, options}, is_in_place > 0); };
   if (input.numel() < kMinLogitsToReleaseGil) return THPVariable_Wrap(run());
   at::Tensor loss;
   {
@@ -230,23 +209,25 @@ PyMethodDef python_functions[] = {
     {}};
 
 TORCH_LIBRARY_IMPL(fastopt, AutocastCPU, library) {
-  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CPU>);
+  library.impl("cross_entropy", from_schema<autocast_loss<c10::DeviceType::CPU>>);
 }
 TORCH_LIBRARY_IMPL(fastopt, AutocastCUDA, library) {
-  library.impl("cross_entropy", cross_entropy_autocast<c10::DeviceType::CUDA>);
+  library.impl("cross_entropy", from_schema<autocast_loss<c10::DeviceType::CUDA>>);
 }
 TORCH_LIBRARY_IMPL(fastopt, CPU, library) {
   implement_cross_entropy(library);
-  library.impl("cross_entropy_keep", keep_kernel);
+  library.impl("cross_entropy_keep", from_schema<keep_kernel>);
   library.impl("cross_entropy_take", take_kernel);
 }
-TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", cross_entropy_autograd); }
-TORCH_LIBRARY_IMPL(fastopt, FuncTorchBatched, library) { library.impl("cross_entropy", torch_cross_entropy); }
+TORCH_LIBRARY_IMPL(fastopt, Autograd, library) { library.impl("cross_entropy", from_schema<differentiable_loss>); }
+TORCH_LIBRARY_IMPL(fastopt, FuncTorchBatched, library) {
+  library.impl("cross_entropy", from_schema<torch_cross_entropy>);
+}
 
 }  // namespace
 
 void implement_cross_entropy(torch::Library& library) {
-  library.impl("cross_entropy", cross_entropy_plain);
+  library.impl("cross_entropy", from_schema<loss_kernel>);
   library.impl("cross_entropy_forward", forward_kernel);
   library.impl("cross_entropy_backward", backward_kernel);
 }

@@ -1,22 +1,29 @@
 // Turns tensors into a cross-entropy problem and calls the kernel that solves it.
 #pragma once
 
+#include <ATen/core/Reduction.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
 
 #include <optional>
 #include <utility>  // pair
 
 namespace fastopt {
 
-// Arguments as torch.nn.functional.cross_entropy's; reduction is torch's number: 0 none, 1 mean, 2 sum.
+// Options as torch.nn.functional.cross_entropy's.
+struct CrossEntropyOptions {
+  int64_t reduction = at::Reduction::Mean;  // torch's number: 0 none, 1 mean, 2 sum
+  c10::SymInt ignore_index = -100;          // may be a symbol in a traced program
+  double label_smoothing = 0;
+  bool in_float32 = false;  // the loss of 16-bit logits is computed in float32, and is float32; on the CPU, reduced
+};
+
+// Tensors and options of a call; they must outlive this.
 struct CrossEntropyArguments {
   const at::Tensor& input;
   const at::Tensor& target;
   const at::Tensor* weight;  // or null
-  int64_t reduction;
-  int64_t ignore_index;
-  double label_smoothing;
-  bool in_float32 = false;  // the loss is that of 16-bit logits in float32, and is float32; on the CPU, reduced
+  const CrossEntropyOptions& options;
 };
 
 // True if a kernel supports the device, dtypes and shapes; also for tensors that are only traced.
@@ -24,6 +31,9 @@ bool fits_kernel(const CrossEntropyArguments& arguments);
 
 // True if a kernel takes these tensors. Other arguments, valid or not, go to torch's own cross-entropy.
 bool kernel_takes(const CrossEntropyArguments& arguments);
+
+// grad_output, a number or one for each position, in a shape that broadcasts against the gradient of the logits.
+at::Tensor along_classes(const at::Tensor& grad_output, const at::Tensor& grad);
 
 // The memory of a gradient: no gradient is wanted, new memory, or that of the logits.
 enum class GradientMemory : int8_t { kNone, kFresh, kLogits };

@@ -9,7 +9,7 @@ namespace fastopt {
 
 // Results of the forward that the backward needs.
 struct SavedForBackward {
-  LossGradient gradient;  // computed with the loss, or undefined
+  LossGradient gradient;  // computed with the loss; undefined if there is a keeper, and in place
   at::Tensor keeper;      // owns the gradient, in a traced program
   at::Tensor totals;      // of the rows, for a gradient in place; undefined if the kernel computes none
   bool is_plain;          // the loss was computed on an ordinary tensor, not on a traced one
@@ -17,7 +17,6 @@ struct SavedForBackward {
 };
 
 // Makes loss a function of the arguments' input.
-void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, c10::SymInt ignore_index,
-                          SavedForBackward results);
+void record_cross_entropy(const at::Tensor& loss, const CrossEntropyArguments& arguments, SavedForBackward saved);
 
 }  // namespace fastopt

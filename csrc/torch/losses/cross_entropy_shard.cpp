@@ -1,4 +1,4 @@
-#include "torch/losses/bindings.h"
+#include "torch/bindings.h"
 
 #include <ATen/ops/empty.h>
 

@@ -49,8 +49,8 @@ LossKind kind_of(const CrossEntropyArguments& a) {
   const int64_t n_classes = a.input.size(a.input.dim() > 1 ? 1 : 0);
   const auto dtype = a.input.scalar_type();
   const uint64_t number = static_cast<uint64_t>(n_classes) * 64 + static_cast<uint64_t>(dtype) % 16 * 4 +
-                          static_cast<uint64_t>(a.reduction) + 1;
-  return {number, a.reduction, a.in_float32 ? at::kFloat : dtype};
+                          static_cast<uint64_t>(a.options.reduction) + 1;
+  return {number, a.options.reduction, a.options.in_float32 ? at::kFloat : dtype};
 }
 
 bool has_saved_tensor_hooks() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
@@ -109,7 +109,8 @@ at::Tensor compiled_backward(const CrossEntropyArguments& arguments, const at::T
     factor = *number;
   }
   if (number) return scale_gradient(grad, *number == factor ? 1 : *number / factor, dtype, /*may_reuse=*/true);
-  return scale_gradient(grad, factor == 1 ? grad_output : at::div(grad_output, factor), dtype, /*may_reuse=*/true);
+  const at::Tensor rest = factor == 1 ? grad_output : at::div(grad_output, factor);
+  return scale_gradient(grad, along_classes(rest, grad), dtype, /*may_reuse=*/true);
 }
 
 }  // namespace fastopt

@@ -9,7 +9,7 @@
 #include <optional>
 
 #include "torch/context.h"
-#include "torch/losses/cross_entropy_cuda.h"
+#include "torch/cuda_library.h"
 
 namespace fastopt {
 namespace {
@@ -56,25 +56,32 @@ at::Tensor rounded(at::Tensor grad, std::optional<at::Tensor> factor, at::Scalar
   return result;
 }
 
-}  // namespace
-
-at::Tensor factor_of(const at::Tensor& grad_output, const at::Tensor& grad) {
-  const bool has_dims = grad_output.dim() > 0 || grad.dim() == 1;
-  const at::Tensor factor = has_dims ? grad_output.unsqueeze(grad.dim() == 1 ? 0 : 1) : grad_output;
-  return factor.scalar_type() == grad.scalar_type() ? factor : factor.to(grad.scalar_type());
+// A gradient times a number on its device; in its own memory if may_reuse, where a factor of 1 changes nothing.
+at::Tensor scale_on_cuda(const at::Tensor& grad, const at::Tensor& factor, at::ScalarType dtype, bool may_reuse) {
+  const CudaDevice device(grad.device());
+  const bool stays = may_reuse && grad.scalar_type() == dtype;
+  const at::Tensor scaled = stays ? grad : at::empty_like(grad, grad.options().dtype(dtype));
+  const cuda::Scale scale{grad.const_data_ptr(), *dtype_of(grad),         scaled.mutable_data_ptr(),
+                          *dtype_of(scaled),     factor.const_data_ptr(), *dtype_of(factor),
+                          grad.numel()};
+  const int error = cuda_library().scale(scale, device.stream());
+  if (error != 0) check_cuda(error, c10::str("scaling a gradient of ", grad.numel(), " elements"), grad.device());
+  return scaled;
 }
 
-at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& grad_output, at::ScalarType dtype, bool may_reuse) {
+}  // namespace
+
+at::Tensor scale_gradient(const at::Tensor& grad, const at::Tensor& factor, at::ScalarType dtype, bool may_reuse) {
   check_backed(grad, "grad");  // a hook for saved tensors may have replaced it
-  check_backed(grad_output, "grad_output");
-  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(grad_output) == Backend::kCuda;
-  if (is_cuda && grad_output.numel() == 1 && grad_output.device() == grad.device() && dtype_of(grad_output)) {
-    return scale_gradient_cuda(grad, grad_output, dtype, may_reuse);
+  check_backed(factor, "grad_output");
+  const bool is_cuda = backend_of(grad) == Backend::kCuda && backend_of(factor) == Backend::kCuda;
+  if (is_cuda && factor.numel() == 1 && factor.device() == grad.device() && dtype_of(factor)) {
+    return scale_on_cuda(grad, factor, dtype, may_reuse);
   }
-  if (const auto number = repeated_number_in(grad_output)) return scale_gradient(grad, *number, dtype, may_reuse);
-  const at::Tensor factor = factor_of(grad_output, grad);
-  if (grad.scalar_type() != dtype) return rounded(grad, factor, dtype, may_reuse);
-  return may_reuse ? grad.mul_(factor) : at::mul(grad, factor);
+  if (const auto number = repeated_number_in(factor)) return scale_gradient(grad, *number, dtype, may_reuse);
+  const at::Tensor same_type = factor.to(grad.scalar_type());
+  if (grad.scalar_type() != dtype) return rounded(grad, same_type, dtype, may_reuse);
+  return may_reuse ? grad.mul_(same_type) : at::mul(grad, same_type);
 }
 
 at::Tensor scale_gradient(const at::Tensor& grad, double factor, at::ScalarType dtype, bool may_reuse) {
