@@ -16,7 +16,7 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 
 from .. import _native, reference
-from . import vocab_parallel
+from . import dtensors, vocab_parallel
 
 # Subclasses with a dispatch of their own (DTensor) support torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -135,7 +135,7 @@ def _cross_entropy(
             loss = library.cross_entropy(*arguments[:4], *numbers, inplace_backward)
         if loss is not NotImplemented:
             return loss
-    loss = vocab_parallel.cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing)
+    loss = dtensors.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     return reference.torch_cross_entropy(*arguments) if loss is None else loss
 
 

@@ -1,7 +1,5 @@
 """Cross-entropy of logits whose classes are sharded over processes; a few numbers per position are communicated."""
 
-import sys
-
 import torch
 import torch.distributed as dist
 from torch.nn import _reduction
@@ -70,59 +68,8 @@ def cross_entropy(input, target, process_group, weight=None, reduction="mean", i
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-def cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing):
-    """Cross-entropy of DTensor logits that are sharded by class, which are not gathered; None for all other arguments.
-
-    As in torch, targets and weights may be plain tensors, the same in all processes, inside ``loss_parallel()``.
-    """
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    if dtensor is None or not isinstance(input, dtensor):
-        return None
-    mesh, class_dim = input.device_mesh, _class_dim(input)
-    by_class = [mesh_dim for mesh_dim, placement in enumerate(input.placements) if placement.is_shard(class_dim)]
-    others = [placement for mesh_dim, placement in enumerate(input.placements) if mesh_dim not in by_class]
-    given = [tensor for tensor in (target, weight) if tensor is not None]
-    if (
-        len(by_class) != 1
-        or not all(placement.is_replicate() for placement in others)
-        or target.is_floating_point()
-        or not all(_is_everywhere(tensor, mesh, dtensor) for tensor in given)
-    ):
-        return None
-    if weight is not None:
-        weight = _replicated(weight, mesh, dtensor)
-        placements = [
-            _shard(0) if mesh_dim in by_class else placement for mesh_dim, placement in enumerate(weight.placements)
-        ]
-        weight = weight.redistribute(mesh, placements).to_local()
-    target = target.to_local() if isinstance(target, dtensor) else target
-    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = cross_entropy(input.to_local(), target, mesh.get_group(by_class[0]), weight, **options)
-    return _replicated(loss, mesh, dtensor)
-
-
-def _is_everywhere(tensor, mesh, dtensor):
-    if isinstance(tensor, dtensor):
-        return tensor.device_mesh == mesh and all(placement.is_replicate() for placement in tensor.placements)
-    dispatcher = getattr(dtensor, "_op_dispatcher", None)
-    return torch.ops.aten.nll_loss_forward.default in getattr(dispatcher, "_custom_op_handlers", ())
-
-
-def _replicated(tensor, mesh, dtensor):
-    if isinstance(tensor, dtensor):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return dtensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _shard(dim):
-    from torch.distributed.tensor import Shard
-
-    return Shard(dim)
-
-
-def _class_dim(input):
+def class_dim(input):
+    """The dimension of the classes."""
     return 1 if input.dim() > 1 else 0
 
 
@@ -147,7 +94,7 @@ def _check(input, target, process_group, weight, reduction, label_smoothing):
     if input.dim() == 0 or list(target.shape) != positions:
         raise ValueError(f"Expected target size {positions}, got {list(target.shape)}")
     if weight is not None:
-        n_classes = input.shape[_class_dim(input)]
+        n_classes = input.shape[class_dim(input)]
         if weight.shape != (n_classes,):
             raise RuntimeError(
                 f"weight must have shape ({n_classes},), one weight for each of this process's classes, "
@@ -164,7 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, target, weight, ignore_index, label_smoothing, group):
-        dim = _class_dim(input)
+        dim = class_dim(input)
         n_classes = input.shape[dim]
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         weight = None if weight is None else weight.to(dtype).contiguous()
@@ -228,7 +175,7 @@ def _totals(input, is_kept, weight, is_smoothed, dtype):
         totals = library.cross_entropy_shard_totals(input, is_kept.view(-1), weight, is_smoothed)
         if totals is not None:
             return totals.view(-1, *is_kept.shape)
-    dim = _class_dim(input)
+    dim = class_dim(input)
     lowest = torch.finfo(dtype).min  # not -inf: -inf - -inf is not a number
     if not input.shape[dim]:
         totals = input.new_zeros(3, *is_kept.shape, dtype=dtype)
@@ -252,7 +199,7 @@ def _gradient(ctx, grad_loss):
         grad = library.cross_entropy_shard_gradient(input, *flat, share.item(), ctx.is_smoothed)
         if grad is not None:
             return grad
-    dim = _class_dim(input)
+    dim = class_dim(input)
     n_classes = input.shape[dim]
     grad = (input.to(largest.dtype) - largest.unsqueeze(dim)).exp_()
     grad.mul_((grad_loss * (target_share + smoothed_sum) / exp_sum).unsqueeze(dim))
