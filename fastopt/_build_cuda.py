@@ -203,11 +203,11 @@ class CudaLibrary:
     def compile(self, work, verbose):
         """Path of the library, compiled in ``work``: each source to an object of its own, as many at once as fit."""
         root = _build.csrc().resolve()
-        sources = sorted((root / "cuda").glob("*.cu"))
+        sources = sorted((root / "cuda").rglob("*.cu"))
         if not sources:
             raise BuildError(f"there are no CUDA sources in {root / 'cuda'}", "install fastopt anew")
         (work / "lib").mkdir(parents=True, exist_ok=True)
-        library, objects = work / "lib" / self.filename, [work / f"{path.stem}.o" for path in sources]
+        library, objects = work / "lib" / self.filename, [work / object_name(root, path) for path in sources]
         n_at_once = min(_max_jobs(), len(sources))
         per_source = ["--threads", str(max(1, _max_jobs() // n_at_once))]  # architectures of one source
         with ThreadPoolExecutor(n_at_once) as pool:
@@ -238,6 +238,11 @@ class CudaLibrary:
             ]
             see_all = "python -m fastopt build --verbose shows everything; FASTOPT_CUDA=0 does without CUDA kernels"
             raise _build.explain(f"compiling the CUDA kernels failed with {self.nvcc}", log, remedies, see_all)
+
+
+def object_name(root, source):
+    """Name of the object file of a source, different from those of sources in other folders."""
+    return "-".join(source.relative_to(root / "cuda").with_suffix(".o").parts)
 
 
 def compile_flags():

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastopt import _build, _jit, _native
+from fastopt import _build, _build_cuda, _jit, _native
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
@@ -73,17 +73,18 @@ def shim_library():
 
 
 def sources():
-    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
 
 
 def compile_all():
-    """Object files of all kernels, by name."""
+    """Object files of all kernels, by file name."""
     folder = _jit.cache_dir() / f"shim-{_digest()}"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [source for source in sources() if not (folder / f"{source.stem}.o").exists()]
+    objects = {source: folder / _build_cuda.object_name(ROOT / "csrc", source) for source in sources()}
+    missing = [source for source, path in objects.items() if not path.exists()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: compile_object(source, folder / f"{source.stem}.o"), missing))
-    return {source.stem: folder / f"{source.stem}.o" for source in sources()}
+        list(pool.map(lambda source: compile_object(source, objects[source]), missing))
+    return {path.stem: path for path in objects.values()}
 
 
 def compile_object(source, to, csrc=ROOT / "csrc"):
@@ -117,6 +118,6 @@ def _digest():
     parts = hashlib.sha256(_build.sanitizers().encode() + Path(__file__).read_bytes())
     for folder in (ROOT / "csrc", SHIM):
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.parent.name not in ("cpu", "torch"):
+            if path.is_file() and path.relative_to(folder).parts[0] not in ("cpu", "torch"):
                 parts.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return parts.hexdigest()[:16]

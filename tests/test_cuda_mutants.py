@@ -1,6 +1,7 @@
 """The tests of the CUDA kernels find faults: each mutant of a kernel fails a short probe of them all on the shim."""
 
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import devices
+from fastopt import _build_cuda
 
 pytestmark = [pytest.mark.native, pytest.mark.shim, pytest.mark.skipif(devices.CXX is None, reason="needs g++")]
 
@@ -23,13 +25,13 @@ class Mutant:
     file: str  # of csrc/cuda
     old: str
     new: str
-    compiled_in: str  # the file whose object shows it
+    compiled_in: str  # the file of csrc/cuda whose object shows it
 
     def __str__(self):
         return self.why
 
 
-LOSS, UPDATE = "cross_entropy_float32", "update_float32"
+LOSS, UPDATE, SCALE = "cross_entropy/float32.cu", "update_float32.cu", "scale.cu"
 MUTANTS = [
     Mutant(
         "no barrier after warps have left their sums",
@@ -47,7 +49,7 @@ MUTANTS = [
     ),
     Mutant(
         "no barrier before a row overwrites the one before in shared memory",
-        "cross_entropy_kernel.cuh",
+        "cross_entropy/rows.cuh",
         "Group::sync();  // the row before has been read",
         "",
         LOSS,
@@ -61,56 +63,56 @@ MUTANTS = [
     ),
     Mutant(
         "the last class of a row is missed",
-        "cross_entropy_row.cuh",
+        "cross_entropy/row.cuh",
         "if (after + rank < n) single",
         "if (after + rank + 1 < n) single",
         LOSS,
     ),
     Mutant(
         "a class before the first boundary is missed",
-        "cross_entropy_row.cuh",
+        "cross_entropy/row.cuh",
         "if (rank < before) single",
         "if (rank + 1 < before) single",
         LOSS,
     ),
     Mutant(
         "a pack too far",
-        "cross_entropy_row.cuh",
+        "cross_entropy/row.cuh",
         "(n_packs - pack + size - 1) / size",
         "(n_packs - pack + size) / size",
         LOSS,
     ),
     Mutant(
         "the maximum is not exchanged",
-        "cross_entropy_row.cuh",
+        "cross_entropy/row.cuh",
         "sums.rebase(Group::max(sums.max));",
         "Group::max(sums.max);",
         LOSS,
     ),
     Mutant(
         "the last block does not wait for the others",
-        "cross_entropy_scene.cuh",
+        "cross_entropy/call.cuh",
         "== gridDim.x - 1;\n    }\n    __syncthreads();\n    if (!is_last) return;\n    __threadfence();",
         "== 0;\n    }\n    __syncthreads();\n    if (!is_last) return;\n    __threadfence();",
         LOSS,
     ),
     Mutant(
         "parts of a row overlap",
-        "cross_entropy_kernel.cuh",
+        "cross_entropy/rows.cuh",
         "const int64_t end = first + width < n_classes ? first + width : n_classes;",
         "const int64_t end = first + width + 1 < n_classes ? first + width + 1 : n_classes;",
         LOSS,
     ),
     Mutant(
         "positions begin one late",
-        "cross_entropy_positions.cuh",
+        "cross_entropy/positions.cuh",
         "* blockDim.x + threadIdx.x; position < n;",
         "* blockDim.x + threadIdx.x + 1; position < n;",
         LOSS,
     ),
     Mutant(
         "static shared memory does not count when a kernel is to ask for more",
-        "cross_entropy_launch.cuh",
+        "cross_entropy/launch_kernels.cuh",
         "if (plan.shared_bytes > 0)",
         "if (plan.shared_bytes > 48 * 1024)",
         LOSS,
@@ -158,7 +160,7 @@ MUTANTS = [
         "scale.cu",
         "+ rank; i < scale.n;",
         "+ rank; i < scale.n - 1;",
-        "scale",
+        SCALE,
     ),
 ]
 
@@ -207,17 +209,16 @@ def libraries(tmp_path_factory):
         folder = tmp_path_factory.mktemp("mutant")
         csrc = folder / "csrc"
         for name in ("cuda", "rules", "losses", "math"):
-            (csrc / name).mkdir(parents=True)
-            for path in (devices.ROOT / "csrc" / name).iterdir():
-                (csrc / name / path.name).write_bytes(path.read_bytes())
-        (csrc / "common.h").write_bytes((devices.ROOT / "csrc" / "common.h").read_bytes())
+            shutil.copytree(devices.ROOT / "csrc" / name, csrc / name)
+        shutil.copy(devices.ROOT / "csrc" / "common.h", csrc)
         changed = csrc / "cuda" / mutant.file
         text = changed.read_text()
         assert text.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times"
         changed.write_text(text.replace(mutant.old, mutant.new))
-        source = csrc / "cuda" / f"{mutant.compiled_in}.cu"
+        source = csrc / "cuda" / mutant.compiled_in
         object_file = devices.compile_object(source, folder / "mutant.o", csrc)
-        return devices.link({**objects, mutant.compiled_in: object_file}, folder / "shim.so")
+        name = Path(_build_cuda.object_name(csrc, source)).stem
+        return devices.link({**objects, name: object_file}, folder / "shim.so")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = dict(zip(MUTANTS, pool.map(make, MUTANTS), strict=True))

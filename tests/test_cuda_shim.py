@@ -1,4 +1,4 @@
-"""The shim that runs CUDA kernels on the CPU: it computes what a device would, and finds what a device would suffer."""
+"""The shim that runs CUDA kernels on the CPU: it computes a device's results, and detects errors of kernels."""
 
 import ctypes
 import functools
@@ -22,8 +22,9 @@ TIMEOUT_S = 300
 pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
 
 SUCCESS, INVALID_VALUE, INVALID_CONFIGURATION = 0, 1, 9
-MISDEEDS = [
-    name.strip() for name in (SHIM / "self_test.cu").read_text().split("enum Deed : int {")[1].split("}")[0].split(",")
+MISUSES = [
+    name.strip()
+    for name in (SHIM / "self_test.cu").read_text().split("enum Misuse : int {")[1].split("}")[0].split(",")
 ]
 
 
@@ -62,7 +63,7 @@ def load(path):
     return library
 
 
-# What a process of its own runs after loading the library.
+# Code that a separate process runs after loading the library.
 PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -94,7 +95,7 @@ def unsigneds(*values):
 
 
 def sums_are_right(library, kind=0, rows=3, n=1000, blocks=2, threads=256):
-    """Whether the sums of rows of small whole numbers, which add without error, are right."""
+    """True if the sums of rows of small whole numbers, which add without error, are correct."""
     values = [(7 * i + i // n) % 13 for i in range(rows * n)]
     out = (ctypes.c_float * rows)()
     assert library.sum_rows(kind, (ctypes.c_float * len(values))(*values), out, rows, n, blocks, threads) == SUCCESS
@@ -175,11 +176,11 @@ def test_portable_switch_of_fibers_serves_too(tmp_path):
         assert sums_are_right(portable)
 
 
-# Errors that end the process: the deed, and what the message must hold.
+# Errors that end the process: the misuse, and parts of the message.
 
 
 @pytest.mark.parametrize(
-    ("deed", "messages"),
+    ("misuse", "messages"),
     [
         (
             "kBarrierInBranch",
@@ -200,25 +201,25 @@ def test_portable_switch_of_fibers_serves_too(tmp_path):
         ("kMuchStaticShared", ["wrote 768 bytes of static shared memory", "kStaticSharedBytes"]),
     ],
 )
-def test_misdeed_aborts_with_a_message(path, deed, messages):
-    done = run_apart(path, f"library.do_misdeed({MISDEEDS.index(deed)})")
+def test_misuse_aborts_with_a_message(path, misuse, messages):
+    done = run_apart(path, f"library.do_misuse({MISUSES.index(misuse)})")
     assert done.returncode == -6, done.stderr
     for message in messages:
         assert message in done.stderr
-    if deed != "kAssert":
-        assert "kernel misdeed, block (0, 0, 0)" in done.stderr
+    if misuse != "kAssert":
+        assert "kernel misuse, block (0, 0, 0)" in done.stderr
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("deed", ["kBarrierInBranch", "kExitedLaneInMask", "kTwoCollectives", "kTwoMasks"])
-def test_misdeed_aborts_in_any_order(path, deed, seed):
-    done = run_apart(path, f"library.do_misdeed({MISDEEDS.index(deed)})", FASTOPT_SHIM_SEED=str(seed))
+@pytest.mark.parametrize("misuse", ["kBarrierInBranch", "kExitedLaneInMask", "kTwoCollectives", "kTwoMasks"])
+def test_misuse_aborts_in_any_order(path, misuse, seed):
+    done = run_apart(path, f"library.do_misuse({MISUSES.index(misuse)})", FASTOPT_SHIM_SEED=str(seed))
     assert done.returncode == -6, done.stderr
-    assert "kernel misdeed, block (0, 0, 0)" in done.stderr
+    assert "kernel misuse, block (0, 0, 0)" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("deed", "message"),
+    ("misuse", "message"),
     [
         ("kWritePastGlobal", "heap-buffer-overflow"),
         ("kReadPastStaticShared", "global-buffer-overflow"),
@@ -226,8 +227,8 @@ def test_misdeed_aborts_in_any_order(path, deed, seed):
         ("kOverrunDynamicShared", "use-after-poison"),
     ],
 )
-def test_address_sanitizer_finds_accesses_out_of_bounds(sanitized, deed, message):
-    done = run_sanitized(sanitized, f"library.do_misdeed({MISDEEDS.index(deed)})")
+def test_address_sanitizer_finds_accesses_out_of_bounds(sanitized, misuse, message):
+    done = run_sanitized(sanitized, f"library.do_misuse({MISUSES.index(misuse)})")
     assert done.returncode != 0
     assert message in done.stderr
     assert "self_test.cu" in done.stderr
@@ -415,7 +416,7 @@ def source_of(kind, lane, argument, width):
 
 
 def exchange(library, kind, mask, argument, width):
-    """What each lane in the mask gets; the others None."""
+    """The value of each lane in the mask; None for the others."""
     kinds = ("shfl", "up", "down", "xor", "ballot", "any", "all")
     kinds += ("reduce_add", "reduce_min", "reduce_max", "reduce_max_unsigned", "reduce_xor")
     out = (ctypes.c_int64 * 32)()

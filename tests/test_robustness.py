@@ -203,7 +203,7 @@ def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
     """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
     root = Path(__file__).parents[1]
     flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{root / 'csrc'}"]
-    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").glob("*.cpp"))]
+    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").rglob("*.cpp"))]
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [devices.CXX, *flags, *map(str, sources), "-o", str(tmp_path / "driver")]
     subprocess.run(command, check=True, env=env)

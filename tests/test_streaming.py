@@ -21,11 +21,11 @@ options_of_kind = pytest.mark.parametrize("options", KINDS, ids=str)
 
 @contextlib.contextmanager
 def streaming_beyond(n_bytes):
-    before = _native.module().stream_beyond(n_bytes)
+    before = _native.module().set_streaming_threshold(n_bytes)
     try:
         yield
     finally:
-        _native.module().stream_beyond(before)
+        _native.module().set_streaming_threshold(before)
 
 
 def streamed_and_not(x, target, **options):

@@ -1,14 +1,17 @@
 // The CPU kernels on std::thread, without torch and without OpenMP, for the thread sanitizer, which knows the one and
 // not the other's runtime: several callers at once, each with threads of its own; results must be those of one thread.
 //
-//   c++ -std=c++20 -O1 -g -fsanitize=thread -DFASTOPT_ONE_LEVEL -Icsrc tests/thread_driver.cpp csrc/cpu/*.cpp
+//   c++ -std=c++20 -O1 -g -fsanitize=thread -DFASTOPT_ONE_LEVEL -Icsrc tests/thread_driver.cpp $(find csrc/cpu -name
+//   '*.cpp')
 // One instruction set: what chooses among several runs before the sanitizer is ready.
 #include <atomic>
 #include <cstdio>
 #include <type_traits>  // is_same_v
 #include <vector>
 
-#include "cpu/cross_entropy.h"
+#include "cpu/cross_entropy/solve.h"
+#include "cpu/cross_entropy/targets.h"
+#include "cpu/streaming.h"
 #include "cpu/update.h"
 #include "rules/rules.h"
 #include "run_on_threads.h"
@@ -111,7 +114,7 @@ int count_wrong() {
 
 int main() {
   int n_wrong = count_wrong();
-  cpu::stream_beyond(0);
+  cpu::set_streaming_threshold(0);
   n_wrong += count_wrong();
   std::printf("%d results differ from one thread's\n", n_wrong);
   return n_wrong != 0;

@@ -37,7 +37,7 @@
 #define FASTOPT_CPU_HAS_V4 false
 #endif
 
-// What is fast on one maker's processors only.
+// For code that is fast on Intel's processors only.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTOPT_CPU_IS_INTEL __builtin_cpu_is("intel")
 #else
@@ -46,7 +46,7 @@
 
 namespace fastopt::cpu {
 
-// "avx512", "avx2", "neon" or "baseline": what the functions marked FASTOPT_CLONES run as on this machine.
+// The clone of functions marked FASTOPT_CLONES that runs on this machine: "avx512", "avx2", "neon" or "baseline".
 inline const char* instruction_set() {
 #if defined(__aarch64__)
   return "neon";

@@ -1,4 +1,4 @@
-// Reductions by lane: several vectors of any instruction set side by side, so that no term waits for the one before.
+// Reductions by lane: several independent vectors of any instruction set, so that no addition waits for the last.
 #pragma once
 
 #include <algorithm>    // min
@@ -22,34 +22,34 @@ FASTOPT_HD T fold_lanes(T* lanes, F f) {
   return lanes[0];
 }
 
-// Sums of terms, by lane: of a few in the compute type, of all in double.
+// Sums of terms, by lane: partial sums of up to kSumTerms terms in the compute type, full sums in double.
 template <class T, int64_t kN = kLanes>
 struct LaneSums {
-  alignas(64) T few[kN];
-  alignas(64) double all[kN];
+  alignas(64) T partial[kN];
+  alignas(64) double full[kN];
 
   FASTOPT_HD LaneSums() {
 #pragma omp simd
-    for (int64_t l = 0; l < kN; ++l) few[l] = 0;
+    for (int64_t l = 0; l < kN; ++l) partial[l] = 0;
 #pragma omp simd
-    for (int64_t l = 0; l < kN; ++l) all[l] = 0;
+    for (int64_t l = 0; l < kN; ++l) full[l] = 0;
   }
   FASTOPT_HD void flush() {
 #pragma omp simd
     for (int64_t l = 0; l < kN; ++l) {
-      all[l] += few[l];
-      few[l] = 0;
+      full[l] += partial[l];
+      partial[l] = 0;
     }
   }
-  FASTOPT_HD double of_lane(int64_t l) const { return all[l]; }
+  FASTOPT_HD double of_lane(int64_t l) const { return full[l]; }
   FASTOPT_HD double total() const {
     alignas(64) double lanes[kN];
-    for (int64_t l = 0; l < kN; ++l) lanes[l] = all[l];
+    for (int64_t l = 0; l < kN; ++l) lanes[l] = full[l];
     return fold_lanes<kN / 2>(lanes, [](double a, double b) { return a + b; });
   }
 };
 
-// In place of sums that nothing is added to.
+// Takes the place of LaneSums where nothing is summed.
 struct NoLaneSums {
   FASTOPT_HD void flush() {}
   FASTOPT_HD double of_lane(int64_t) const { return 0; }
@@ -69,7 +69,7 @@ class CompensatedSum {
   }
   double total() const {
     const double total = sum_ + lost_;
-    return total == total ? total : sum_;  // nothing is known of what an infinite sum has lost
+    return total == total ? total : sum_;  // of an infinite sum the lost part is NaN
   }
 
  private:

@@ -1,5 +1,5 @@
-// Writes of whole cache lines past the caches. An array larger than they are gains nothing from being there, and a line
-// written as usual is read from memory first.
+// Streaming stores: whole cache lines are written past the caches. An array larger than the caches gains nothing from
+// passing through them, and an ordinary store reads the line from memory first.
 #pragma once
 
 #if defined(__SSE2__)
@@ -17,7 +17,7 @@ FASTOPT_HD void stream_line(const void* from, void* to) {
     _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
   }
 }
-// Before other threads may read what this one has streamed.
+// Must be called before other threads may read lines that this one has streamed.
 inline void end_streaming() { _mm_sfence(); }
 #else
 constexpr bool kCanStream = false;
@@ -25,9 +25,9 @@ FASTOPT_HD void stream_line(const void* from, void* to) { memcpy(to, from, kLine
 inline void end_streaming() {}
 #endif
 
-// Numbers written to consecutive memory. If it streams, they come in groups of kGroup, of which the last may be
-// shorter, and whole lines go past the caches; what is left at both ends goes as usual, for its lines hold others'
-// numbers, too.
+// Writes numbers to consecutive memory. If it streams, they come in groups of kGroup, of which the last may be shorter,
+// and whole lines are streamed; incomplete lines at both ends, which hold other data too, are written by ordinary
+// stores.
 template <class G, int64_t kGroup>
 class LineWriter {
   static constexpr int64_t kPerLine = kLineBytes / static_cast<int64_t>(sizeof(G));
@@ -40,9 +40,9 @@ class LineWriter {
     shift_ = streams ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kLineBytes / sizeof(G)) : 0;
   }
   FASTOPT_HD bool streams() const { return streams_; }
-  // Where the group from number i on is to be put.
+  // Where the caller puts the group that begins with number i.
   FASTOPT_HD G* space(int64_t i) { return streams_ ? group_ : to_ + i; }
-  // Takes the n numbers that were put there.
+  // Writes the n numbers that were put into space(i).
   FASTOPT_HD void write(int64_t i, int64_t n) {
     if (!streams_) return;
     const G* from = group_ - shift_;
@@ -50,7 +50,7 @@ class LineWriter {
     const int64_t n_foreign = i == 0 ? shift_ : 0;
     if (n < kGroup) {
       copy(from, to, n_foreign, shift_ + n);
-      shift_ = 0;  // nothing is left
+      shift_ = 0;  // no incomplete line is left
       return;
     }
     if (n_foreign > 0) {
@@ -62,7 +62,7 @@ class LineWriter {
     // The line that this group only begins.
     if (shift_ > 0) memcpy(static_cast<void*>(group_ - kPerLine), group_ + kGroup - kPerLine, kLineBytes);
   }
-  // After all `n` numbers.
+  // Must be called after all `n` numbers.
   FASTOPT_HD void end(int64_t n) {
     if (shift_ > 0) copy(group_ - shift_, to_ + n - shift_, 0, shift_);
   }

@@ -1,4 +1,4 @@
-// How kernels reach the caller's thread pool without knowing it.
+// Kernels use the caller's thread pool through this interface.
 #pragma once
 
 #include <algorithm>  // max, min
@@ -11,17 +11,17 @@
 namespace fastopt::cpu {
 
 struct Threads {
-  int count;  // threads that may run; 1 means: do not open a parallel region
+  int count;  // threads that may run; with 1, no parallel region is opened
   // Calls run(context, i) for each i in [0, n_threads), each on a thread of its own where it can, in any order, and
   // returns when all are done.
   void (*on_each)(int64_t n_threads, void (*run)(void* context, int64_t i), void* context);
 };
 
-// Divides [0, n_tasks) among threads. Each of them calls run(next), and next() for one task after the other until it
-// gives n_tasks. A thread's share is just what torch gives it of an array: as many for each but the last ones, side by
-// side. So it finds in its caches what it wrote there in another operation; writing lines that another core wrote last
-// would take longer than all the arithmetic. It takes half of its share at once, then a sixteenth at a time, and when
-// there is none left, what others have left of theirs, but for their last: they would end hardly earlier without it.
+// Divides [0, n_tasks) among threads. Each thread calls run(next), which calls next() for its next task until that
+// returns n_tasks. The initial shares are contiguous and equal, as torch divides an array, so that a thread finds in
+// its caches the data that it wrote in another operation: writing lines that another core wrote last would take longer
+// than the arithmetic. A thread takes half of its share at once, then a sixteenth at a time; when its share is empty,
+// it steals from the other shares, but leaves each owner the last part, which would not end notably earlier if stolen.
 template <class F>
 void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
   const int64_t n_threads = std::min<int64_t>(threads.count, n_tasks);
@@ -30,10 +30,10 @@ void share_tasks(const Threads& threads, int64_t n_tasks, F&& run) {
     return;
   }
   struct alignas(kLineBytes) Share {
-    std::atomic<int64_t> begin;  // of what nobody has taken
+    std::atomic<int64_t> begin;  // of the tasks that are not taken
     int64_t end;
 
-    // Up to n of them, if more than n_kept are left: the first; then begin is no more than end.
+    // Takes up to n tasks if more than n_kept are left, and returns the first; otherwise returns end.
     int64_t take(int64_t n, int64_t n_kept) {
       int64_t first = begin.load();
       while (first + n_kept < end && !begin.compare_exchange_weak(first, std::min(first + n, end))) continue;

@@ -34,7 +34,7 @@ void* scratch_bytes(size_t n, int i) {
   Slot& slot = slots.all[i];
   if (slot.capacity < n) {
     slot.release();
-    n = in_whole_pages(n);
+    n = rounded_to_pages(n);
     slot.data = allocate_pages(n);
     if (!slot.data) throw std::bad_alloc();
     slot.capacity = n;

@@ -6,11 +6,11 @@
 
 namespace fastopt::cpu {
 
-// What a thread keeps of each slot when its work is done; what is larger is freed.
+// A thread keeps a slot of up to this size when its work is done; a larger one is freed.
 constexpr size_t kMaxKeptScratch = size_t{1} << 20;
 constexpr int kScratchSlots = 3;
 
-// n bytes that begin a cache line, not initialised. Throws std::bad_alloc.
+// n uninitialised bytes, aligned to a cache line. Throws std::bad_alloc.
 void* scratch_bytes(size_t n, int slot);
 void release_large_scratch();
 

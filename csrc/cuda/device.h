@@ -1,4 +1,4 @@
-// What launches ask of the current device.
+// Properties of the current device that launches need.
 #pragma once
 
 #include <atomic>
@@ -27,9 +27,9 @@ inline int current_device(Device* device) {
   return error;
 }
 
-// Lets launches of a kernel ask for all the shared memory that a block may have on the current device. Without it, a
-// kernel's static and dynamic shared memory together may not exceed 48 KiB. The limit belongs to the kernel and the
-// device, whichever thread launches: each thread sets the same number, so none lowers what another relies on.
+// Allows launches of a kernel to use all the shared memory that a block may have on the current device. Otherwise a
+// kernel's static and dynamic shared memory together may not exceed 48 KiB. The limit is a property of kernel and
+// device, shared by all host threads: each sets the same number, so none lowers it for another.
 template <auto kKernel>
 int allow_all_shared_memory() {
   static std::atomic<uint64_t> is_set{0};  // one bit for each device; for those after the 64th it is set every time

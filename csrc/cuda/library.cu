@@ -1,12 +1,12 @@
 // The library's one exported function.
 #include "cuda/library.h"
 
-#include "cuda/cross_entropy.h"
+#include "cuda/cross_entropy/plan.h"
 #include "cuda/device.h"
 #include "cuda/scale.h"
 #include "cuda/update.h"
 
-// Numbers of the architectures that this build holds, named by whoever calls the compiler.
+// The architectures that this build contains, defined on the compiler's command line.
 #ifndef FASTOPT_CUDA_ARCHITECTURES
 #define FASTOPT_CUDA_ARCHITECTURES ""
 #endif
@@ -30,7 +30,7 @@ int probe() {
   int n_devices = 0, driver = 0;
   cudaError_t error = cudaGetDeviceCount(&n_devices);
   if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
-  cudaGetLastError();  // an error here is an answer, not the next launch's
+  cudaGetLastError();  // clears the error, or the next launch would report it
   if (error != cudaSuccess) return error;
   if (n_devices == 0) return cudaErrorNoDevice;
   return driver >= kOldestDriver ? cudaSuccess : kDriverTooOld;

@@ -1,4 +1,4 @@
-// The CUDA library as its user sees it: structures over raw pointers, and one exported function. Torch-free.
+// The CUDA library's interface: structures over raw pointers, and one exported function. Torch-free.
 //
 // The library is compiled by nvcc and opened at run time, so that the glue around it needs no CUDA toolkit, and one
 // glue serves any torch. Each function returns a cudaError_t as a number, 0 for success, and launches on a given stream
@@ -14,7 +14,7 @@ namespace fastopt::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// Bump on any change of a structure in this file; a library with another version is rejected.
+// Must be increased with any change of a structure in this file; a library with another version is rejected.
 constexpr int32_t kInterfaceVersion = 2;
 
 // --- Optimizers ---------------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ constexpr bool has_update_kernel(DType param, DType state) {
 
 enum class Reduction : int8_t { kNone, kMean, kSum };
 
-// The problem's weight_sum and, for the mean over class indices, its grad_scale are found on the device. A target that
-// is neither a class nor ignore_index makes its row's loss and gradient NaN; nothing is read for it.
+// The problem's weight_sum and, for the mean over class indices, its grad_scale are computed on the device. A target
+// that is neither a class nor ignore_index makes its row's loss and gradient NaN; nothing is read for it.
 struct CrossEntropy {
   CrossEntropyProblem problem;
   Reduction reduction;
@@ -74,7 +74,7 @@ struct CrossEntropy {
   void* workspace;  // workspace_bytes(...) of device memory, aligned to 16 bytes
 };
 
-// Multiplies n numbers by *factor, but for a factor of 1 and from == to, where nothing is read or written.
+// Multiplies n numbers by *factor. If that is 1 and from == to, nothing is read or written.
 struct Scale {
   const void* from;
   DType from_dtype;

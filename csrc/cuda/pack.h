@@ -1,4 +1,4 @@
-// Accesses of 16 bytes: several neighbouring elements loaded and stored as one, or as few, instructions.
+// 16-byte accesses: several adjacent elements are loaded or stored by one instruction.
 #pragma once
 
 #include "cuda/launch.h"
@@ -30,9 +30,9 @@ struct Pack {
     for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = words[i];
   }
 
-  // The same for global memory alone. From sm_100 on, of elements under 8 bytes, in instructions that the compiler
-  // cannot split: it would make four loads of 4 bytes of a pack whose elements it then takes apart. The others it keeps
-  // whole.
+  // The same for global memory only. From sm_100 on, elements under 8 bytes use instructions that the compiler cannot
+  // split: it would turn the load of a pack whose elements are then separated into four loads of 4 bytes. It does not
+  // split other packs.
   static __device__ __forceinline__ Pack load_global(const S* from) {
     uint4 words[kWords];
 #pragma unroll
@@ -47,7 +47,7 @@ struct Pack {
   }
 
  private:
-  static constexpr bool kIsKeptWhole = sizeof(S) == 8;
+  static constexpr bool kIsNeverSplit = sizeof(S) == 8;
 
   static __device__ __forceinline__ Pack from_words(const uint4 (&words)[kWords]) {
     Pack pack;
@@ -57,7 +57,7 @@ struct Pack {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   static __device__ __forceinline__ uint4 load_word(const uint4* from) {
-    if constexpr (kIsKeptWhole) {
+    if constexpr (kIsNeverSplit) {
       return *from;
     } else {
       uint4 word;
@@ -69,7 +69,7 @@ struct Pack {
     }
   }
   static __device__ __forceinline__ void store_word(uint4* to, const uint4& word) {
-    if constexpr (kIsKeptWhole) {
+    if constexpr (kIsNeverSplit) {
       *to = word;
     } else {
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(word.x),

@@ -1,4 +1,4 @@
-// Reductions over a warp and over a block. Sums are taken in one order, whatever the scheduling.
+// Reductions over a warp and over a block. The order of summation does not depend on scheduling.
 #pragma once
 
 #include "cuda/launch.h"
@@ -56,7 +56,7 @@ struct Group {
   }
 
  private:
-  // Each warp's value, one in each lane; `none` in the lanes beyond.
+  // Gives each lane one warp's value; lanes beyond the number of warps get `none`.
   template <class T>
   static __device__ __forceinline__ T exchange(T value, T none) {
     __shared__ T of_warps[kWarp];

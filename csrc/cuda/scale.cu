@@ -1,4 +1,4 @@
-// Multiplies an array by a number on the device; does nothing where that is 1 and the array stays where it is.
+// Multiplies an array by a number on the device; does nothing if that is 1 and the array is scaled in place.
 #include "cuda/scale.h"
 
 #include <algorithm>    // max, min
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
     Pack<From, kVector> values[kRounds];
 #pragma unroll
     for (int r = 0; r < kRounds; ++r) {
-      // The last pack again in place of one beyond.
+      // A pack beyond the last is replaced by the last, so that all loads are unconditional.
       const int64_t i = pack + r * size < n_packs ? pack + r * size : n_packs - 1;
       values[r] = Pack<From, kVector>::load(from + i * kVector);
     }

@@ -1,4 +1,4 @@
-// The gradient of the loss times the loss's own gradient, which lies on the device.
+// Multiplies the gradient of a loss by the loss's own gradient, a number on the device.
 #pragma once
 
 #include "cuda/launch.h"

@@ -1,4 +1,4 @@
-// Cross-entropy of one row of logits x against a distribution q over classes: what every device's loops compute.
+// Cross-entropy of one row of logits x against a distribution q over classes: the arithmetic shared by all devices.
 //
 //   loss = sum_c q_c (lse - x_c),  lse = log sum_c exp(x_c),  gradient_c = Q exp(x_c - lse) - q_c,  Q = sum_c q_c
 //
@@ -13,7 +13,7 @@
 
 namespace fastopt {
 
-// How q_c is spread: on the target alone, also evenly, also by weight, or over given probabilities, maybe weighted.
+// Where q comes from: an index target alone, with uniform or weighted label smoothing, or (weighted) probabilities.
 enum class TargetKind : int8_t { kIndex, kIndexUniform, kIndexWeighted, kProbability, kProbabilityWeighted };
 
 constexpr bool has_index(TargetKind kind) { return kind <= TargetKind::kIndexWeighted; }
@@ -26,7 +26,7 @@ struct LogitLayout {
   FASTOPT_HD bool is_rows() const { return n_inner == 1 && class_stride == 1; }
 };
 
-// Float16 logits whose gradient is all but stored: nothing multiplies it later.
+// Float16 logits whose gradient is stored in float16 at once: nothing multiplies it later.
 struct FinalHalf : Half {};
 
 // Float16 cannot hold a gradient before it is multiplied by a loss scaler's factor, so until then it is kept in float.
@@ -45,7 +45,7 @@ struct GradientType<FinalHalf> {
 template <class S>
 using gradient_t = typename GradientType<S>::type;
 
-// What a row's gradient needs of all its logits.
+// The numbers that a row's gradient needs of all its logits.
 struct RowTotals {
   double max;
   double exp_sum;  // sum exp(x - max)
@@ -56,7 +56,7 @@ FASTOPT_HD bool is_class(int64_t target, int64_t n_classes) {
   return static_cast<uint64_t>(target) < static_cast<uint64_t>(n_classes);
 }
 
-// Neither a class nor ignored. Without a branch, so that counting them vectorises.
+// True if the target is neither a class nor ignored. Branch-free, so that counting vectorises.
 FASTOPT_HD bool is_bad_target(int64_t target, int64_t n_classes, int64_t ignore_index) {
   return (target != ignore_index) & !is_class(target, n_classes);
 }
@@ -77,7 +77,7 @@ struct CrossEntropyProblem {
   LogitLayout grad_layout;
   double grad_scale;
   void* losses;       // of each position, or null
-  RowTotals* totals;  // of each position: found where no gradient is wanted, used where one is; or null
+  RowTotals* totals;  // of each position: written if no gradient is wanted, read if one is; or null
 
   FASTOPT_HD TargetKind kind() const {
     if (probabilities) return weight ? TargetKind::kProbabilityWeighted : TargetKind::kProbability;
@@ -89,39 +89,40 @@ struct CrossEntropyProblem {
 // q of one row, in the compute type.
 template <class T>
 struct TargetTerms {
-  double on;          // q that is added at the target: (1 - s) w_t
-  double spread_sum;  // q that is spread over the classes: s / C sum w; not known beforehand for probabilities
-  T off;              // s / C
-  T keep;             // 1 - s
-  const T* weight;    // of each class, or null
+  double on;            // q added at the target: (1 - s) w_t
+  double smoothed_sum;  // sum of smoothed q: s / C sum w; not known beforehand for probabilities
+  T off;                // s / C
+  T keep;               // 1 - s
+  const T* weight;      // of each class, or null
 };
 
-// q of class c but for what index targets add at t. Terms by value: through a reference the loops would not vectorise.
+// q of class c, without the term that an index target adds at t. Terms are passed by value: through a reference the
+// loops would not vectorise.
 template <class T, TargetKind kTarget>
-FASTOPT_HD T spread_q(TargetTerms<T> terms, int64_t c, T probability) {
+FASTOPT_HD T smoothed_q(TargetTerms<T> terms, int64_t c, T probability) {
   if constexpr (kTarget == TargetKind::kIndexUniform) return terms.off;
   if constexpr (kTarget == TargetKind::kIndexWeighted) return terms.off * terms.weight[c];
   const T q = terms.keep * probability + terms.off;
   return kTarget == TargetKind::kProbabilityWeighted ? terms.weight[c] * q : q;
 }
 
-// The gradient of class c, from e = exp(x - max); scale times what index targets add at t is still to be taken off.
+// The gradient of class c, from e = exp(x - max), without the term that an index target adds at t.
 template <class T, TargetKind kTarget>
 FASTOPT_HD T class_gradient(T e, T factor, T scale, TargetTerms<T> terms, int64_t c, T probability) {
   if constexpr (kTarget == TargetKind::kIndex) return factor * e;
-  return factor * e - scale * spread_q<T, kTarget>(terms, c, probability);
+  return factor * e - scale * smoothed_q<T, kTarget>(terms, c, probability);
 }
 
-// The gradient of an index target t.
+// The gradient of an index target's class t.
 template <class T, TargetKind kTarget>
 FASTOPT_HD double target_gradient(T e, double factor, double scale, TargetTerms<T> terms, double on, int64_t t) {
   const double value = factor * e - scale * on;
   if constexpr (kTarget == TargetKind::kIndex) return value;
-  return value - scale * spread_q<T, kTarget>(terms, t, T(0));
+  return value - scale * smoothed_q<T, kTarget>(terms, t, T(0));
 }
 
-// The running maximum, and what is summed relative to it. The CPU keeps sums in double and adds blocks of them; a GPU's
-// many threads keep short ones in the compute type.
+// The running maximum and the sums relative to it. The CPU keeps sums in double and adds blocks of them; a GPU's many
+// threads keep short sums in the compute type.
 template <class A>
 struct RowSums {
   // The lowest finite number, not -inf: a row may start with logits of -inf, and -inf - -inf is not a number.
@@ -137,13 +138,13 @@ struct RowSums {
   }
 };
 
-// The loss of a row: `on` at the target, and the sums' q spread over the classes. log_sum is that of sums.exp_sum.
+// The loss of a row: `on` at the target, and the q in the sums. log_sum = log(sums.exp_sum).
 template <class A>
-FASTOPT_HD A row_loss(const RowSums<A>& sums, A log_sum, A on, A target_logit, bool has_target, bool has_spread) {
+FASTOPT_HD A row_loss(const RowSums<A>& sums, A log_sum, A on, A target_logit, bool has_target, bool has_q_sums) {
   A loss = 0;
   // Differences of logits first: a shift common to all logits must not change the loss.
   if (has_target) loss += on * (log_sum - (target_logit - sums.max));
-  if (has_spread) loss += sums.q_sum * log_sum - sums.qx_sum;
+  if (has_q_sums) loss += sums.q_sum * log_sum - sums.qx_sum;
   return loss;
 }
 

@@ -1,4 +1,4 @@
-// exp of numbers that are not positive, as plain arithmetic that any compiler vectorises.
+// exp of non-positive numbers, as plain arithmetic that any compiler vectorises.
 #pragma once
 
 #include "common.h"

@@ -8,8 +8,9 @@ namespace fastopt {
 // log x for finite x >= 1; within 1 unit of the last place of it.
 //
 // x = 2^n m, sqrt(1/2) <= m < sqrt(2). With f = m - 1 and s = f / (2 + f), log m = log (1 + s) / (1 - s) = 2 s + s R,
-// R = s^2 P(s^2) within 2^-58 for the polynomial P that is closest to it; and 2 s = f - s f, which keeps what m - 1 has
-// of log m, exactly: log m = f - (f^2 / 2 - s (f^2 / 2 + R)). The first of log 2's two parts times n is exact.
+// R = s^2 P(s^2) within 2^-58 for the polynomial P that is closest to it; and since 2 s = f - s f,
+// log m = f - (f^2 / 2 - s (f^2 / 2 + R)), whose leading term f is exact. The first of log 2's two parts times n is
+// exact.
 FASTOPT_HD double log_from_one(double x) {
   constexpr double kLog2High = 0x1.62e42feep-1, kLog2Low = 0x1.a39ef35793c76p-33;
   const uint64_t bits = bit_cast<uint64_t>(x);

@@ -1,4 +1,4 @@
-// What all glue shares: which tensors kernels take and where, the thread pool, and counts of what ran.
+// Shared by all code between torch and the kernels: which tensors a backend takes, the thread pool, kernel call counts.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -17,7 +17,7 @@
 namespace fastopt {
 
 // Keys of an ordinary strided tensor. A lazy negation, a subclass with its own dispatch, a functional wrapper, a
-// batched or quantised tensor has others, and is not for a kernel that reads raw memory.
+// batched or a quantised tensor has other keys; kernels that read raw memory must not take it.
 constexpr c10::DispatchKeySet kPlainCpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
                                          c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
 constexpr c10::DispatchKeySet kPlainCuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
@@ -26,20 +26,20 @@ constexpr c10::DispatchKeySet kPlainCuda({c10::DispatchKey::CUDA, c10::DispatchK
 inline bool is_plain_cpu(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCpu) == kPlainCpu; }
 inline bool is_plain_cuda(const at::Tensor& tensor) { return (tensor.key_set() | kPlainCuda) == kPlainCuda; }
 
-// Whether no dispatch mode, functorch transform or the like is on: they must see each call, and what torch makes while
-// they are on may have no memory.
-inline bool is_quiet() {
+// True if a dispatch mode, functorch transform or the like is active: it must see each call, and tensors that torch
+// makes meanwhile may have no memory.
+inline bool has_dispatch_modes() {
   constexpr c10::DispatchKeySet kHarmless = c10::default_included_set | kPlainCpu | kPlainCuda;
-  return (c10::impl::tls_local_dispatch_key_set().included_ | kHarmless) == kHarmless;
+  return (c10::impl::tls_local_dispatch_key_set().included_ | kHarmless) != kHarmless;
 }
 
-// Whether forward-mode derivatives are being computed: then tensors may have tangents, which a kernel does not see.
+// True if forward-mode derivatives are being computed: then tensors may have tangents, which kernels ignore.
 inline bool is_forward_mode_on() { return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr; }
 
-// Whose kernels take a tensor.
+// The backend whose kernels take a tensor.
 enum class Backend : int8_t { kNone, kCpu, kCuda };
 
-// Set by torch/cuda_library.cpp: which tensors the CUDA library takes, if there is one.
+// Set by torch/cuda_library.cpp: which tensors the CUDA library takes, if one is loaded.
 struct CudaService {
   std::atomic<bool> takes_cuda{false};
   std::atomic<bool> takes_cpu{false};  // in tests: the library runs on the CPU
@@ -57,7 +57,7 @@ inline Backend backend_of(const at::Tensor& tensor) {
   return Backend::kNone;
 }
 
-// Whether it is the CPU's kernels that a tensor on this device goes to, also if it is only traced.
+// True if a tensor on this device goes to the CPU kernels; also for a tensor that is only traced.
 inline bool is_for_cpu_kernels(const at::Tensor& tensor) {
   return tensor.device().is_cpu() && !cuda_service().takes_cpu.load(std::memory_order_relaxed);
 }
@@ -73,8 +73,7 @@ inline std::optional<DType> dtype_of(at::ScalarType type) {
 }
 inline std::optional<DType> dtype_of(const at::Tensor& tensor) { return dtype_of(tensor.scalar_type()); }
 
-// Whether a strided tensor's storage holds all its elements; not after storage.resize_(0), by which memory is freed
-// while the tensor lives on.
+// True if a strided tensor's storage holds all its elements. storage.resize_(0) frees the memory of a live tensor.
 inline bool is_backed(const at::Tensor& tensor) {
   if (tensor.numel() == 0) return true;
   int64_t last = tensor.storage_offset();
@@ -86,15 +85,15 @@ inline bool is_backed(const at::Tensor& tensor) {
   return static_cast<int64_t>(tensor.storage().nbytes()) >= (last + 1) * static_cast<int64_t>(tensor.itemsize());
 }
 
-// Raises RuntimeError if it does not.
+// Raises RuntimeError if the storage does not hold all elements.
 inline void check_backed(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK(is_backed(tensor),
               "The tensor has a non-zero number of elements, but its data is not allocated yet: ", name, " of shape ",
               tensor.sizes(), " has a storage of ", tensor.storage().nbytes(), " bytes.");
 }
 
-// Whether two elements of a strided tensor may be one in memory. Not if each dimension, by its stride, steps over all
-// smaller ones.
+// True if two elements of a strided tensor may be at one address. False if each dimension's stride exceeds the extent
+// of all dimensions of smaller stride.
 inline bool may_overlap_itself(const at::Tensor& tensor) {
   if (tensor.numel() == 0 || tensor.is_contiguous()) return false;
   c10::SmallVector<std::pair<int64_t, int64_t>, 6> dims;  // stride, size
@@ -110,7 +109,7 @@ inline bool may_overlap_itself(const at::Tensor& tensor) {
   return false;
 }
 
-// Where a strided tensor's first element begins and its last one ends.
+// Begin and end of the memory that a strided tensor spans.
 inline std::pair<char*, char*> memory_range(const at::Tensor& tensor) {
   char* begin = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
   int64_t n = tensor.numel() > 0;
@@ -118,14 +117,14 @@ inline std::pair<char*, char*> memory_range(const at::Tensor& tensor) {
   return {begin, begin + n * tensor.itemsize()};
 }
 
-// Whether two strided tensors may have memory in common.
+// True if two strided tensors may share memory.
 inline bool may_share_memory(const at::Tensor& a, const at::Tensor& b) {
   const auto [begin, end] = memory_range(a);
   const auto [other_begin, other_end] = memory_range(b);
   return begin < other_end && other_begin < end;
 }
 
-// The number that every element of a tensor in CPU memory is because they are one in memory, if so.
+// The value of a tensor whose elements are all at one address in CPU memory; nothing for other tensors.
 inline std::optional<double> repeated_number_in(const at::Tensor& tensor) {
   const auto dtype = dtype_of(tensor);
   if (!dtype || !is_plain_cpu(tensor) || tensor.numel() == 0 || !is_backed(tensor)) return std::nullopt;
@@ -137,17 +136,17 @@ inline std::optional<double> repeated_number_in(const at::Tensor& tensor) {
   });
 }
 
-// The value of a tensor of one number in CPU memory, if it is one.
+// The value of a one-element tensor in CPU memory; nothing for other tensors.
 inline std::optional<double> number_in(const at::Tensor& tensor) {
   return tensor.numel() == 1 ? repeated_number_in(tensor) : std::nullopt;
 }
 
-// Forks between the process that loaded the library and this one. After one, the copy of the thread pool has no
-// threads, and a parallel region would wait for them for ever; a lock that another thread held is held for ever.
+// Number of forks between the process that loaded the library and this one. In a forked child the thread pool has no
+// threads, so a parallel region would never end, and a lock that another thread held is never released.
 int64_t fork_count();
 inline bool is_forked_child() { return fork_count() > 0; }
 
-// torch's own pool and thread count; inside another parallel region, or after a fork, a single thread.
+// torch's own pool and thread count; a single thread inside another parallel region or in a forked child.
 inline cpu::Threads torch_threads() {
   const auto on_each = [](int64_t n_threads, void (*run)(void*, int64_t), void* context) {
     at::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
@@ -157,12 +156,12 @@ inline cpu::Threads torch_threads() {
   return {at::in_parallel_region() || is_forked_child() ? 1 : at::get_num_threads(), on_each};
 }
 
-// Calls that reached a kernel, so that a test can prove which path ran.
+// Numbers of calls that reached a kernel, for tests of which path ran.
 struct KernelCalls {
   std::atomic<int64_t> update{0};
   std::atomic<int64_t> threaded_gather{0};  // updates whose tensors were gathered by several threads
   std::atomic<int64_t> cross_entropy{0};
-  std::atomic<int64_t> cuda{0};  // of both, those that the CUDA library took
+  std::atomic<int64_t> cuda{0};  // update and cross_entropy calls of the CUDA library
 };
 inline KernelCalls& kernel_calls() {
   static KernelCalls calls;

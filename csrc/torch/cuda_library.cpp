@@ -3,9 +3,9 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 #include <dlfcn.h>
-#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "torch/bindings.h"
 #include "torch/operators.h"
 
 namespace fastopt {
@@ -33,7 +33,7 @@ void load_cuda(const std::string& path) {
   const int error = library->probe();
   TORCH_CHECK(error == 0, path, " finds no device that it can use: ", library->error_text(error));
   loaded = library;
-  // Until now the operators' references served CUDA tensors.
+  // Replaces the operators' references, which serve CUDA tensors until then.
   static torch::Library operators(torch::Library::IMPL, "fastopt", c10::DispatchKey::CUDA, __FILE__, __LINE__);
   implement_updates(operators);
   implement_cross_entropy(operators);

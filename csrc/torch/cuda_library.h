@@ -1,8 +1,7 @@
-// The CUDA library for the glue: opened at run time, called on torch's current stream of a tensor's device.
+// Opens the CUDA library at run time, and calls it on torch's current stream of a tensor's device.
 #pragma once
 
 #include <c10/core/DeviceGuard.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <string>
 
@@ -11,7 +10,7 @@
 
 namespace fastopt {
 
-// The library that is loaded. Only for tensors whose backend is kCuda: then there is one.
+// The loaded library. Must be called only for tensors whose backend is kCuda: then there is one.
 const cuda::Library& cuda_library();
 
 // Makes a device the current one, and finds torch's current stream of it.
@@ -28,10 +27,7 @@ class CudaDevice {
   cuda::Stream stream_ = nullptr;
 };
 
-// Raises RuntimeError for an error of the library; `what` tells the operation and its sizes.
+// Raises RuntimeError for an error of the library; `what` names the operation and its sizes.
 void check_cuda(int error, const std::string& what, c10::Device device);
-
-// Adds load_cuda, load_host_shim and cuda_architectures to the module.
-void bind_cuda_library(pybind11::module_& module);
 
 }  // namespace fastopt

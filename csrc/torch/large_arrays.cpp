@@ -22,11 +22,11 @@ struct Block {
   size_t capacity = 0;  // bytes
 };
 
-// One block, so that what is kept never exceeds what was in use. The lock is only tried: a child forked while another
-// thread held it goes without, forever.
+// Keeps one block, so that kept memory never exceeds the memory that was in use. The lock is only tried: a child that
+// was forked while another thread held it never gets it.
 class KeptBlock {
  public:
-  // The kept block if it holds n bytes and not many more. Of another size, it is freed: the next ones will be, too.
+  // The kept block if it holds n bytes and not over twice as many. Otherwise it is freed: the size in use has changed.
   Block take(size_t n) {
     const Block block = swap({});
     if (block.capacity >= n && block.capacity / 2 <= n) return block;
@@ -35,7 +35,7 @@ class KeptBlock {
   }
   void keep(Block block) { std::free(swap(block).data); }
 
-  // What was kept; or `block` itself, where the lock is taken.
+  // Keeps `block` and returns the block kept before; returns `block` itself if another thread holds the lock.
   Block swap(Block block) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     return lock.owns_lock() ? std::exchange(block_, block) : block;
@@ -46,14 +46,14 @@ class KeptBlock {
   Block block_;
 };
 
-// Never destroyed: tensors may be freed after it would be.
+// Never destroyed: tensors may be freed later than static objects.
 KeptBlock& kept_block() {
   static auto* kept = new KeptBlock;
   return *kept;
 }
 
 Block new_block(size_t n) {
-  const size_t capacity = cpu::in_whole_pages(n);
+  const size_t capacity = cpu::rounded_to_pages(n);
   void* const data = cpu::allocate_pages(capacity);
   return data ? Block{data, capacity} : Block{};
 }
@@ -69,7 +69,7 @@ struct CpuAllocator : c10::Allocator {
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 
-// Of gradients.
+// Allocates gradients.
 struct BlockAllocator final : CpuAllocator {
   c10::DataPtr allocate(size_t n) override {
     if (n >= 2 * cpu::kHugePage) {
@@ -89,11 +89,11 @@ void release_pages(void* data) {
   std::free(data);
 }
 
-// Of states, which last: they get no more than they need, and nothing is kept of them. What the last page has left
-// over may be lost to others, so it is to be an eighth of the state at most.
+// Allocates states, which are long-lived: no block is larger than needed or kept. The rest of the last page may be
+// unusable for others, so it is at most an eighth of the state.
 struct PageAllocator final : CpuAllocator {
   c10::DataPtr allocate(size_t n) override {
-    const bool fills_pages = n >= cpu::kHugePage && cpu::in_whole_pages(n) - n <= n / 8;
+    const bool fills_pages = n >= cpu::kHugePage && cpu::rounded_to_pages(n) - n <= n / 8;
     void* const data = fills_pages ? cpu::allocate_pages(n) : nullptr;
     if (!data) return c10::GetCPUAllocator()->allocate(n);
     c10::profiledCPUMemoryReporter().New(data, n);

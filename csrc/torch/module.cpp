@@ -2,12 +2,10 @@
 #include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 
-#include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
+#include "cpu/streaming.h"
+#include "torch/bindings.h"
 #include "torch/context.h"
-#include "torch/cross_entropy.h"
-#include "torch/cross_entropy_shard.h"
-#include "torch/cuda_library.h"
 #include "torch/large_arrays.h"
 #include "torch/optim/step_plan.h"
 
@@ -21,7 +19,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });
-  module.def("stream_beyond", &fastopt::cpu::stream_beyond);
+  module.def("set_streaming_threshold", &fastopt::cpu::set_streaming_threshold);
   module.def("empty_cache", &fastopt::release_kept_block);
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cross_entropy_shard(module);

@@ -16,9 +16,9 @@ from torch.overrides import (
 from torch.utils._device import DeviceContext
 
 from .. import _native, reference
-from . import vocab_parallel
+from . import dtensors, vocab_parallel
 
-# Subclasses with a dispatch of their own (DTensor) know torch's operators, not ours.
+# Subclasses with a dispatch of their own (DTensor) support torch's operators, not ours.
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
@@ -117,10 +117,10 @@ def _cross_entropy(
 ) -> Tensor:
     arguments = (input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        # Programs that are saved load where fastopt is not, and other formats know torch's operators only.
+        # Saved programs must load without fastopt, and other formats support torch's operators only.
         return reference.torch_cross_entropy(*arguments)
     if torch.compiler.is_compiling():
-        # Programs that are compiled with kernels and without them must differ, for the caches that torch keeps of them.
+        # Programs compiled with and without kernels must differ, or torch's caches would confuse them.
         if not _has_kernels(input.device.type):
             return reference.torch_cross_entropy(*arguments)
         return torch.ops.fastopt.cross_entropy(*arguments)
@@ -135,21 +135,21 @@ def _cross_entropy(
             loss = library.cross_entropy(*arguments[:4], *numbers, inplace_backward)
         if loss is not NotImplemented:
             return loss
-    loss = vocab_parallel.cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing)
+    loss = dtensors.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
     return reference.torch_cross_entropy(*arguments) if loss is None else loss
 
 
 def _has_kernels(device_type: str) -> bool:
-    """Whether kernels take tensors of a device; looks for the library while a program is traced, and not in it."""
+    """True if kernels take tensors of a device; the library is loaded while a program is traced, not when it runs."""
     return device_type == "cpu" and _native.module() is not None or device_type == "cuda" and _native.cuda()
 
 
-# What torch.compiler.assume_constant_result does, which would import all of Dynamo for it.
+# As torch.compiler.assume_constant_result does, without importing all of Dynamo.
 _has_kernels._dynamo_marked_constant = True
 
 
 def _plain_numbers(ignore_index, label_smoothing):
-    """Numbers of NumPy's types, and of subclasses of Python's, as Python's own; None if they are other things."""
+    """Numbers of NumPy's types and of subclasses of Python's types as Python's own; None if one is not a number."""
     integers = (int, np.integer)
     are_numbers = isinstance(ignore_index, integers) and isinstance(label_smoothing, (float, np.floating, *integers))
     return (int(ignore_index), float(label_smoothing)) if are_numbers and not isinstance(ignore_index, bool) else None
@@ -163,7 +163,7 @@ def _overridden(
     options: tuple[bool | None, int, bool | None, str, float],
     inplace_backward: bool,
 ) -> Tensor:
-    # Overrides know torch's function, or what stands in its place; it has no inplace_backward.
+    # Overrides are written for torch's function, which has no inplace_backward, or for its replacement.
     function = cross_entropy if inplace_backward else torch.nn.functional.cross_entropy
     names = ("size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
     keywords = {"weight": weight, **dict(zip(names, options, strict=True))}
@@ -174,13 +174,13 @@ def _overridden(
 
 @torch.jit.unused
 def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """Whether a subclass or a mode overrides torch's functions; the default device concerns new tensors only.
+    """True if a subclass or a mode overrides torch's functions; the default device concerns new tensors only.
 
-    While a program is compiled, one that notes functions' names is on where Dynamo has not looked into this function:
-    it was in the place of torch.nn.functional.cross_entropy when Dynamo listed torch's own.
+    While a program is compiled, a mode that records functions' names is active if Dynamo does not trace into this
+    function: it replaced torch.nn.functional.cross_entropy when Dynamo listed torch's own functions.
     """
     harmless = (DeviceContext, TorchFunctionMetadataMode) if torch.compiler.is_compiling() else (DeviceContext,)
-    # torch counts plain tensors too.
+    # _get_overloaded_args includes plain tensors.
     return any(type(tensor) is not Tensor for tensor in _get_overloaded_args((input, target, weight))) or any(
         type(mode) not in harmless for mode in _get_current_function_mode_stack()
     )
@@ -188,14 +188,14 @@ def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool
 
 @torch.jit.unused
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
-    """What torch's own function returns, which Dynamo does not trace; without its warning."""
+    """The result of torch's own function, which Dynamo does not trace; without its warning."""
     if reduce is not None and not reduce:
         return "none"
     return "mean" if size_average is None or size_average else "sum"
 
 
 def _check_may_overwrite(input):
-    """What the kernels refuse to overwrite, though here nothing is overwritten."""
+    """Raise for logits that the kernels may not overwrite, though the reference path overwrites none."""
     if torch.is_grad_enabled() and input.requires_grad:
         if input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")

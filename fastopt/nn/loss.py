@@ -25,7 +25,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         (class probabilities); result: a scalar, or the shape of the indices if reduction is "none".
     """
 
-    # Of modules that were pickled before there were these, too.
+    # Class attributes, for modules that were pickled before these existed.
     inplace_backward: bool = False
     process_group = None
 
@@ -46,7 +46,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         self.process_group = process_group
 
     def __getstate__(self):
-        state = self.__dict__.copy()  # what is pickled and copied; a process group cannot be, its name can
+        state = self.__dict__.copy()  # a process group cannot be pickled or copied, its name can
         if self.process_group is not None and not isinstance(self.process_group, SavedGroup):
             state["process_group"] = SavedGroup(self.process_group.group_name)
         return state

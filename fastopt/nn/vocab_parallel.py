@@ -1,6 +1,4 @@
-"""Cross-entropy of logits whose classes are spread over processes; a few numbers a position are communicated."""
-
-import sys
+"""Cross-entropy of logits whose classes are sharded over processes; a few numbers per position are communicated."""
 
 import torch
 import torch.distributed as dist
@@ -10,10 +8,10 @@ from .. import _native
 
 
 class SavedGroup:
-    """The name of a process group in its stead, which can be copied and pickled.
+    """The name of a process group, which can be copied and pickled instead of the group.
 
     Args:
-        name: the group's name, which processes that are started in the same way give it again.
+        name: the group's name, the same in all runs that create their groups in the same order.
     """
 
     def __init__(self, name):
@@ -41,7 +39,7 @@ def cross_entropy(input, target, process_group, weight=None, reduction="mean", i
         loss_i = sum_c q_ic (lse_i - input_ic)                                     (q: see functional.cross_entropy)
 
     The processes hold the classes in the order of their ranks: the first rank those from 0 on. Shares may differ in
-    size and be empty. Forward communicates two to five numbers a position, backward none.
+    size and be empty. Forward communicates two to five numbers per position, backward none.
 
     Args:
         input: this process's logits, shape (C_here,), (N, C_here) or (N, C_here, d1, ...).
@@ -70,64 +68,13 @@ def cross_entropy(input, target, process_group, weight=None, reduction="mean", i
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-def cross_entropy_of_dtensors(input, target, weight, reduction, ignore_index, label_smoothing):
-    """Cross-entropy of DTensor logits that are sharded by class, which are not gathered; None for all other arguments.
-
-    As in torch, targets and weights may be plain tensors, the same in all processes, inside ``loss_parallel()``.
-    """
-    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    if dtensor is None or not isinstance(input, dtensor):
-        return None
-    mesh, class_dim = input.device_mesh, _class_dim(input)
-    by_class = [mesh_dim for mesh_dim, placement in enumerate(input.placements) if placement.is_shard(class_dim)]
-    others = [placement for mesh_dim, placement in enumerate(input.placements) if mesh_dim not in by_class]
-    given = [tensor for tensor in (target, weight) if tensor is not None]
-    if (
-        len(by_class) != 1
-        or not all(placement.is_replicate() for placement in others)
-        or target.is_floating_point()
-        or not all(_is_everywhere(tensor, mesh, dtensor) for tensor in given)
-    ):
-        return None
-    if weight is not None:
-        weight = _replicated(weight, mesh, dtensor)
-        placements = [
-            _shard(0) if mesh_dim in by_class else placement for mesh_dim, placement in enumerate(weight.placements)
-        ]
-        weight = weight.redistribute(mesh, placements).to_local()
-    target = target.to_local() if isinstance(target, dtensor) else target
-    options = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
-    loss = cross_entropy(input.to_local(), target, mesh.get_group(by_class[0]), weight, **options)
-    return _replicated(loss, mesh, dtensor)
-
-
-def _is_everywhere(tensor, mesh, dtensor):
-    if isinstance(tensor, dtensor):
-        return tensor.device_mesh == mesh and all(placement.is_replicate() for placement in tensor.placements)
-    dispatcher = getattr(dtensor, "_op_dispatcher", None)
-    return torch.ops.aten.nll_loss_forward.default in getattr(dispatcher, "_custom_op_handlers", ())
-
-
-def _replicated(tensor, mesh, dtensor):
-    if isinstance(tensor, dtensor):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    return dtensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
-
-def _shard(dim):
-    from torch.distributed.tensor import Shard
-
-    return Shard(dim)
-
-
-def _class_dim(input):
+def class_dim(input):
+    """The dimension of the classes."""
     return 1 if input.dim() > 1 else 0
 
 
 def _check(input, target, process_group, weight, reduction, label_smoothing):
-    """Raise for what this process can see to be wrong."""
+    """Raise for errors that this process can detect."""
     if isinstance(process_group, SavedGroup):
         raise RuntimeError(f"process_group must be set: {process_group} does not exist in this process")
     if not isinstance(process_group, dist.ProcessGroup):
@@ -147,7 +94,7 @@ def _check(input, target, process_group, weight, reduction, label_smoothing):
     if input.dim() == 0 or list(target.shape) != positions:
         raise ValueError(f"Expected target size {positions}, got {list(target.shape)}")
     if weight is not None:
-        n_classes = input.shape[_class_dim(input)]
+        n_classes = input.shape[class_dim(input)]
         if weight.shape != (n_classes,):
             raise RuntimeError(
                 f"weight must have shape ({n_classes},), one weight for each of this process's classes, "
@@ -160,11 +107,11 @@ def _check(input, target, process_group, weight, reduction, label_smoothing):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Loss of each position, and the weight of its target (0 if ignored), in the type that is computed in."""
+    """Loss of each position, and the weight of its target (0 if ignored), in the compute type."""
 
     @staticmethod
     def forward(ctx, input, target, weight, ignore_index, label_smoothing, group):
-        dim = _class_dim(input)
+        dim = class_dim(input)
         n_classes = input.shape[dim]
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         weight = None if weight is None else weight.to(dtype).contiguous()
@@ -185,38 +132,38 @@ class _CrossEntropy(torch.autograd.Function):
 
         # The largest logit is subtracted first: a shift common to all logits must not change the loss.
         shift = largest_here - largest
-        nothing = torch.zeros_like(largest)
-        parts = [exp_sum * shift.exp(), nothing]
+        zeros = torch.zeros_like(largest)
+        parts = [exp_sum * shift.exp(), zeros]
         if n_classes:
             parts[1] = torch.where(is_here, input.gather(dim, index).squeeze(dim).to(dtype) - largest, 0)
         if weight is not None:
-            parts.append(torch.where(is_here, weight[index.squeeze(dim)], 0) if n_classes else nothing)
+            parts.append(torch.where(is_here, weight[index.squeeze(dim)], 0) if n_classes else zeros)
         if is_smoothed:
             weight_sum = n_classes if weight is None else weight.sum()
-            parts += [logit_sum[0] + weight_sum * shift, nothing + weight_sum]
+            parts += [logit_sum[0] + weight_sum * shift, zeros + weight_sum]
         exp_sum, target_logit, *parts = _all_reduce_sum(torch.stack(parts).to(dtype), group)
 
         log_sum = exp_sum.log()
         target_weight = parts.pop(0) if weight is not None else torch.ones_like(log_sum)
         target_share = (1 - label_smoothing) * target_weight
         loss = target_share * (log_sum - target_logit)
-        share, spread_sum = label_smoothing / n_all_classes, nothing
+        share, smoothed_sum = label_smoothing / n_all_classes, zeros
         if is_smoothed:
             logit_sum, weight_sum = parts
             loss = loss + share * (weight_sum * log_sum - logit_sum)
-            spread_sum = share * weight_sum
+            smoothed_sum = share * weight_sum
         loss = torch.where(is_kept, loss, 0).masked_fill_(is_wrong, torch.nan)
         target_share = target_share.masked_fill(is_wrong, torch.nan)
 
         ctx.is_smoothed = is_smoothed
-        ctx.save_for_backward(input, weight, target, is_kept, largest, exp_sum, spread_sum, target_share, share)
+        ctx.save_for_backward(input, weight, target, is_kept, largest, exp_sum, smoothed_sum, target_share, share)
         target_weight = torch.where(is_kept, target_weight, 0)
         ctx.mark_non_differentiable(target_weight)
         return loss, target_weight
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        if torch.is_grad_enabled():  # create_graph=True: what follows holds sums over all classes constant
+        if torch.is_grad_enabled():  # create_graph=True: the code below treats sums over all classes as constants
             raise RuntimeError("cross-entropy with process_group cannot be differentiated twice")
         return _gradient(ctx, grad_loss), None, None, None, None, None
 
@@ -228,7 +175,7 @@ def _totals(input, is_kept, weight, is_smoothed, dtype):
         totals = library.cross_entropy_shard_totals(input, is_kept.view(-1), weight, is_smoothed)
         if totals is not None:
             return totals.view(-1, *is_kept.shape)
-    dim = _class_dim(input)
+    dim = class_dim(input)
     lowest = torch.finfo(dtype).min  # not -inf: -inf - -inf is not a number
     if not input.shape[dim]:
         totals = input.new_zeros(3, *is_kept.shape, dtype=dtype)
@@ -244,21 +191,21 @@ def _totals(input, is_kept, weight, is_smoothed, dtype):
 
 def _gradient(ctx, grad_loss):
     """The gradient of this process's logits."""
-    input, weight, target, is_kept, largest, exp_sum, spread_sum, target_share, share = ctx.saved_tensors
+    input, weight, target, is_kept, largest, exp_sum, smoothed_sum, target_share, share = ctx.saved_tensors
     library = _library(input)
     if library is not None:
-        numbers = torch.stack([largest, exp_sum, spread_sum, target_share, grad_loss]).double().view(5, -1)
+        numbers = torch.stack([largest, exp_sum, smoothed_sum, target_share, grad_loss]).double().view(5, -1)
         flat = (target.view(-1), is_kept.view(-1), weight, numbers)
         grad = library.cross_entropy_shard_gradient(input, *flat, share.item(), ctx.is_smoothed)
         if grad is not None:
             return grad
-    dim = _class_dim(input)
+    dim = class_dim(input)
     n_classes = input.shape[dim]
     grad = (input.to(largest.dtype) - largest.unsqueeze(dim)).exp_()
-    grad.mul_((grad_loss * (target_share + spread_sum) / exp_sum).unsqueeze(dim))
+    grad.mul_((grad_loss * (target_share + smoothed_sum) / exp_sum).unsqueeze(dim))
     if ctx.is_smoothed:
-        spread = (grad_loss * share).unsqueeze(dim)
-        grad.sub_(spread if weight is None else spread * weight.view(_along(dim, input.dim())))
+        smoothed = (grad_loss * share).unsqueeze(dim)
+        grad.sub_(smoothed if weight is None else smoothed * weight.view(_along(dim, input.dim())))
     if n_classes:
         is_here = _is_here(target, is_kept, n_classes)
         on_target = torch.where(is_here, -grad_loss * target_share, 0)
@@ -268,7 +215,7 @@ def _gradient(ctx, grad_loss):
 
 
 def _library(input):
-    """The compiled kernels, if they may take these logits."""
+    """The compiled kernels, if they may support these logits."""
     may_take = input.is_cpu and input.dim() <= 2 and not torch.compiler.is_compiling()
     return _native.module() if may_take else None
 
@@ -282,7 +229,7 @@ def _along(dim, n_dims):
 
 
 def _all_reduce_max_and_sizes(values, size, group):
-    """The elementwise maximum over the group, and the size that each of its processes gave, in one exchange."""
+    """The elementwise maximum over the group, and the size in each of its processes, by one exchange."""
     n_processes = dist.get_world_size(group)
     digits = values.new_full((n_processes, 2), -torch.inf)
     digits[dist.get_rank(group)] = values.new_tensor(divmod(size, _SIZE_BASE))

@@ -1,5 +1,5 @@
-// The block that runs: its threads, where each of them waits, and the message when they do wrong. All of it is global,
-// for grid.h lets one launch run at a time.
+// The running block: its threads, where each of them waits, and the messages about errors. All of it is global, since
+// grid.h lets one launch run at a time.
 #pragma once
 
 #include <cstdarg>
@@ -17,12 +17,13 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kMaxThreads = 1024;
 inline constexpr int kMaxWarps = kMaxThreads / kWarpSize;
 
-// A kind of meeting. Lanes of a warp get the value of a lane that they name or, if it folds, the fold of all values.
-struct Meeting {
+// A collective operation. Each lane of a warp gets the value of the lane that it names or, if there is a fold, the fold
+// of all values.
+struct Collective {
   const char* name;
   uint64_t (*fold)(uint64_t, uint64_t) = nullptr;
   bool of_block = false;
-  bool needs_all_named = true;  // else exited lanes may be named
+  bool needs_all_named = true;  // otherwise the mask may name exited lanes
 };
 
 struct Warp;
@@ -33,7 +34,7 @@ struct Thread {
   int lane;
   Warp* warp;
   Fiber* fiber;  // null until the thread first waits
-  const Meeting* meeting;
+  const Collective* collective;
   uint32_t mask;
   int source;
   uint64_t value;
@@ -47,7 +48,7 @@ struct Warp {
   int rank;
   uint32_t live;
   uint32_t ready;
-  uint32_t meeting;
+  uint32_t at_collective;
   uint32_t at_barrier;
 };
 
@@ -68,7 +69,7 @@ struct Block {
   uint32_t ready_warps = 0;
   Thread* current = nullptr;
 
-  // __syncthreads and its kin.
+  // __syncthreads and its variants.
   int n_at_barrier = 0;
   int n_true = 0;
   int barrier_result = 0;
@@ -81,12 +82,12 @@ inline Block block;
 
 inline void print_threads() {
   const auto same = [](const Thread& a, const Thread& b) {
-    return a.meeting == b.meeting && a.where.line() == b.where.line() && a.mask == b.mask;
+    return a.collective == b.collective && a.where.line() == b.where.line() && a.mask == b.mask;
   };
   const auto state = [](const Thread& thread) -> char {
     const uint32_t lane = 1u << thread.lane;
     if (!(thread.warp->live & lane)) return 'e';
-    return (thread.warp->meeting | thread.warp->at_barrier) & lane ? 'w' : 'r';
+    return (thread.warp->at_collective | thread.warp->at_barrier) & lane ? 'w' : 'r';
   };
   for (int first = 0, last; first < block.n_threads; first = last + 1) {
     const Thread& thread = block.threads[first];
@@ -99,14 +100,14 @@ inline void print_threads() {
       case 'e': fprintf(stderr, "exited\n"); break;
       case 'r': fprintf(stderr, "running or ready to\n"); break;
       default:
-        fprintf(stderr, "wait at %s", thread.meeting->name);
-        if (!thread.meeting->of_block) fprintf(stderr, ", mask 0x%08x", thread.mask);
+        fprintf(stderr, "wait at %s", thread.collective->name);
+        if (!thread.collective->of_block) fprintf(stderr, ", mask 0x%08x", thread.mask);
         fprintf(stderr, " (%s:%u)\n", thread.where.file_name(), thread.where.line());
     }
   }
 }
 
-// Names kernel, block and thread, says where all threads are, and aborts.
+// Prints kernel, block and thread, the position of all threads, and aborts.
 [[noreturn, gnu::format(printf, 1, 2), gnu::cold, gnu::noinline]] inline void fail(const char* format, ...) {
   fprintf(stderr, "cuda shim: kernel %s, block (%u, %u, %u)", block.kernel, block.index.x, block.index.y,
           block.index.z);

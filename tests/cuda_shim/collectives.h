@@ -1,4 +1,4 @@
-// What threads do together: barriers, shuffles, votes and reductions of a warp, atomics, fences.
+// Collectives: barriers, shuffles, votes and reductions of a warp; also atomics and fences.
 #pragma once
 
 #include <concepts>
@@ -42,24 +42,24 @@ inline uint64_t fold_add(uint64_t a, uint64_t b) { return a + b; }
 inline uint64_t fold_min(uint64_t a, uint64_t b) { return static_cast<int64_t>(a) < static_cast<int64_t>(b) ? a : b; }
 inline uint64_t fold_max(uint64_t a, uint64_t b) { return static_cast<int64_t>(a) < static_cast<int64_t>(b) ? b : a; }
 
-inline constexpr Meeting kSyncthreads{"__syncthreads", nullptr, true};
-inline constexpr Meeting kSyncthreadsCount{"__syncthreads_count", nullptr, true};
-inline constexpr Meeting kSyncthreadsAnd{"__syncthreads_and", nullptr, true};
-inline constexpr Meeting kSyncthreadsOr{"__syncthreads_or", nullptr, true};
-inline constexpr Meeting kSyncwarp{"__syncwarp", nullptr, false, false};
-inline constexpr Meeting kShuffle{"__shfl_sync"};
-inline constexpr Meeting kShuffleUp{"__shfl_up_sync"};
-inline constexpr Meeting kShuffleDown{"__shfl_down_sync"};
-inline constexpr Meeting kShuffleXor{"__shfl_xor_sync"};
-inline constexpr Meeting kBallot{"__ballot_sync", fold_or};
-inline constexpr Meeting kAny{"__any_sync", fold_or};
-inline constexpr Meeting kAll{"__all_sync", fold_and};
-inline constexpr Meeting kReduceAdd{"__reduce_add_sync", fold_add};
-inline constexpr Meeting kReduceMin{"__reduce_min_sync", fold_min};
-inline constexpr Meeting kReduceMax{"__reduce_max_sync", fold_max};
-inline constexpr Meeting kReduceAnd{"__reduce_and_sync", fold_and};
-inline constexpr Meeting kReduceOr{"__reduce_or_sync", fold_or};
-inline constexpr Meeting kReduceXor{"__reduce_xor_sync", fold_xor};
+inline constexpr Collective kSyncthreads{"__syncthreads", nullptr, true};
+inline constexpr Collective kSyncthreadsCount{"__syncthreads_count", nullptr, true};
+inline constexpr Collective kSyncthreadsAnd{"__syncthreads_and", nullptr, true};
+inline constexpr Collective kSyncthreadsOr{"__syncthreads_or", nullptr, true};
+inline constexpr Collective kSyncwarp{"__syncwarp", nullptr, false, false};
+inline constexpr Collective kShuffle{"__shfl_sync"};
+inline constexpr Collective kShuffleUp{"__shfl_up_sync"};
+inline constexpr Collective kShuffleDown{"__shfl_down_sync"};
+inline constexpr Collective kShuffleXor{"__shfl_xor_sync"};
+inline constexpr Collective kBallot{"__ballot_sync", fold_or};
+inline constexpr Collective kAny{"__any_sync", fold_or};
+inline constexpr Collective kAll{"__all_sync", fold_and};
+inline constexpr Collective kReduceAdd{"__reduce_add_sync", fold_add};
+inline constexpr Collective kReduceMin{"__reduce_min_sync", fold_min};
+inline constexpr Collective kReduceMax{"__reduce_max_sync", fold_max};
+inline constexpr Collective kReduceAnd{"__reduce_and_sync", fold_and};
+inline constexpr Collective kReduceOr{"__reduce_or_sync", fold_or};
+inline constexpr Collective kReduceXor{"__reduce_xor_sync", fold_xor};
 
 inline int own_lane() { return block.current->lane; }
 
@@ -70,8 +70,8 @@ inline int segment_of(int lane, int width) {
 }
 
 template <class T>
-T shuffle(const Meeting& meeting, uint32_t mask, T value, int source, Where where) {
-  return from_bits<T>(meet_in_warp(meeting, mask, to_bits(value), source, where));
+T shuffle(const Collective& collective, uint32_t mask, T value, int source, Where where) {
+  return from_bits<T>(run_warp_collective(collective, mask, to_bits(value), source, where));
 }
 
 template <class T, class... Others>
@@ -79,7 +79,7 @@ concept OneOf = (std::same_as<T, Others> || ...);
 template <class T>
 concept Integer = OneOf<T, int, unsigned, long long, unsigned long long>;
 
-// One launch runs at a time, and a thread gives way only where it waits: nothing comes between load and store.
+// Atomic, since one launch runs at a time and threads are switched only where they wait.
 template <class T, class F>
 T replace(T* address, F&& f) {
   const T old = *address;
@@ -92,26 +92,26 @@ T replace(T* address, F&& f) {
 // Barriers
 
 inline void __syncthreads(fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  fastopt_shim::meet_in_block(fastopt_shim::kSyncthreads, false, where);
+  fastopt_shim::run_block_collective(fastopt_shim::kSyncthreads, false, where);
 }
 inline int __syncthreads_count(int predicate, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  return fastopt_shim::meet_in_block(fastopt_shim::kSyncthreadsCount, predicate != 0, where);
+  return fastopt_shim::run_block_collective(fastopt_shim::kSyncthreadsCount, predicate != 0, where);
 }
 inline int __syncthreads_and(int predicate, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  return fastopt_shim::meet_in_block(fastopt_shim::kSyncthreadsAnd, predicate == 0, where) == 0;
+  return fastopt_shim::run_block_collective(fastopt_shim::kSyncthreadsAnd, predicate == 0, where) == 0;
 }
 inline int __syncthreads_or(int predicate, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  return fastopt_shim::meet_in_block(fastopt_shim::kSyncthreadsOr, predicate != 0, where) != 0;
+  return fastopt_shim::run_block_collective(fastopt_shim::kSyncthreadsOr, predicate != 0, where) != 0;
 }
 inline void __syncwarp(unsigned mask = ~0u, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  fastopt_shim::meet_in_warp(fastopt_shim::kSyncwarp, mask, 0, fastopt_shim::own_lane(), where);
+  fastopt_shim::run_warp_collective(fastopt_shim::kSyncwarp, mask, 0, fastopt_shim::own_lane(), where);
 }
 
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 
-// Shuffles. A lane that looks out of its segment gets its own value.
+// Shuffles. A lane whose source is outside its segment gets its own value.
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32,
@@ -133,7 +133,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
   const bool inside = source < fastopt_shim::segment_of(lane, width) + width;
   return fastopt_shim::shuffle(fastopt_shim::kShuffleDown, mask, value, inside ? source : lane, where);
 }
-// This one may look into earlier segments.
+// The xor shuffle may read earlier segments.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
                   fastopt_shim::Where where = fastopt_shim::Where::current()) {
@@ -147,23 +147,23 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32,
 inline unsigned __ballot_sync(unsigned mask, int predicate,
                               fastopt_shim::Where where = fastopt_shim::Where::current()) {
   const uint64_t bit = uint64_t{predicate != 0} << fastopt_shim::own_lane();
-  return static_cast<unsigned>(fastopt_shim::meet_in_warp(fastopt_shim::kBallot, mask, bit, 0, where));
+  return static_cast<unsigned>(fastopt_shim::run_warp_collective(fastopt_shim::kBallot, mask, bit, 0, where));
 }
 inline int __any_sync(unsigned mask, int predicate, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  return static_cast<int>(fastopt_shim::meet_in_warp(fastopt_shim::kAny, mask, predicate != 0, 0, where));
+  return static_cast<int>(fastopt_shim::run_warp_collective(fastopt_shim::kAny, mask, predicate != 0, 0, where));
 }
 inline int __all_sync(unsigned mask, int predicate, fastopt_shim::Where where = fastopt_shim::Where::current()) {
-  return static_cast<int>(fastopt_shim::meet_in_warp(fastopt_shim::kAll, mask, predicate != 0, 0, where));
+  return static_cast<int>(fastopt_shim::run_warp_collective(fastopt_shim::kAll, mask, predicate != 0, 0, where));
 }
-// Only the lane itself: a legal answer, since a device promises no lane more.
+// Only the lane itself: a legal result, since a device guarantees no other lane.
 inline unsigned __activemask() { return 1u << fastopt_shim::own_lane(); }
 
-#define FASTOPT_SHIM_REDUCE(name, meeting, ...)                                                     \
-  template <class T>                                                                                \
-    requires fastopt_shim::OneOf<T, __VA_ARGS__>                                                    \
-  T name(unsigned mask, T value, fastopt_shim::Where where = fastopt_shim::Where::current()) {      \
-    const auto wide = static_cast<uint64_t>(static_cast<int64_t>(value));                           \
-    return static_cast<T>(fastopt_shim::meet_in_warp(fastopt_shim::meeting, mask, wide, 0, where)); \
+#define FASTOPT_SHIM_REDUCE(name, collective, ...)                                                            \
+  template <class T>                                                                                          \
+    requires fastopt_shim::OneOf<T, __VA_ARGS__>                                                              \
+  T name(unsigned mask, T value, fastopt_shim::Where where = fastopt_shim::Where::current()) {                \
+    const auto wide = static_cast<uint64_t>(static_cast<int64_t>(value));                                     \
+    return static_cast<T>(fastopt_shim::run_warp_collective(fastopt_shim::collective, mask, wide, 0, where)); \
   }
 FASTOPT_SHIM_REDUCE(__reduce_add_sync, kReduceAdd, int, unsigned)
 FASTOPT_SHIM_REDUCE(__reduce_min_sync, kReduceMin, int, unsigned)

@@ -4,8 +4,8 @@
 // Seed -1, the default, runs threads in order. Others run warps, the lanes of a warp and blocks in random order, which
 // FASTOPT_SHIM_SEED in the environment or fastopt_shim_seed() choose. What CUDA forbids ends in a message and abort():
 // barriers that some threads never reach, lanes that are not where a mask says, writes past dynamic shared memory.
-// Shared memory is garbage when a block begins. What it does not show: real concurrency, weak memory, a block that
-// waits for another, inline PTX, how fast anything is.
+// Shared memory is garbage when a block begins. Not modelled: real concurrency, weak memory, a block that waits for
+// another, inline PTX, speed.
 #pragma once
 
 // Sources hold `#pragma unroll`.

@@ -1,4 +1,4 @@
-// What a thread does alone: cached loads and stores, arithmetic with a stated rounding, bits, traps.
+// Functions of a single thread: cached loads and stores, arithmetic with a given rounding, bits, traps.
 #pragma once
 
 #include <math.h>  // sqrt(float) and its like without std::, as device code calls them
@@ -12,7 +12,7 @@
 
 #include "block.h"
 
-// Loads and stores with a hint at the cache
+// Loads and stores with a cache hint
 
 #define FASTOPT_SHIM_LOAD(name) \
   template <class T>            \
@@ -38,7 +38,7 @@ FASTOPT_SHIM_STORE(__stcs)
 FASTOPT_SHIM_STORE(__stwt)
 #undef FASTOPT_SHIM_STORE
 
-// Arithmetic that is rounded by itself, never fused with its neighbours
+// Arithmetic that is rounded separately, never fused
 
 #define FASTOPT_SHIM_ROUNDED(T, name, parameters, expression) \
   inline T name parameters {                                  \

@@ -1,4 +1,4 @@
-// Fibers: stacks kept for reuse, and the switch from one to another. What runs on them is block.h's affair.
+// Fibers: stacks kept for reuse, and the switch from one to another. schedule.h decides what runs on them.
 #pragma once
 
 #include <sys/mman.h>
@@ -112,14 +112,14 @@ struct Fiber {
 #endif
 };
 
-// The fiber of the host thread that launched, the fiber that runs now, and those that have nothing to run.
+// The fiber of the launching host thread, the running fiber, and idle ones.
 inline Fiber host_fiber;
 inline Fiber* running_fiber = &host_fiber;
 inline std::vector<Fiber*> idle_fibers;
 inline std::vector<std::unique_ptr<Fiber>> all_fibers;
 
 #if defined(FASTOPT_SHIM_ASAN)
-// AddressSanitizer must know which stack is in use. It tells the bounds of the one that was left: the host's are new.
+// AddressSanitizer must know which stack is in use. It returns the bounds of the previous stack, needed for the host's.
 inline Fiber* left_fiber = nullptr;
 inline void leave_stack(Fiber& from, const Fiber& to) {
   left_fiber = &from;
@@ -171,7 +171,7 @@ inline void prepare_fiber(Fiber& fiber) {
   const size_t stagger = all_fibers.size() % 32 * 320;
   void** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes - stagger);
 #if defined(__x86_64__)
-  // Six registers, where to go, and a return address of zero, where backtraces end.
+  // Six registers, the function to start, and a return address of zero, which ends backtraces.
   void** saved = top - 8;
   saved[6] = reinterpret_cast<void*>(start_fiber);
 #else
@@ -186,7 +186,7 @@ inline Fiber* new_fiber() {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void* memory =
       mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  // The lowest page stays closed: a stack that overflows must not run into another.
+  // The lowest page is a guard page: a stack overflow must not reach another stack.
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     perror("cuda shim: no memory for a fiber's stack");
     abort();

@@ -1,4 +1,4 @@
-// A launch: what a device would refuse, the order of blocks, the contents of shared memory, one launch at a time.
+// A launch: limits that a device enforces, the order of blocks, the contents of shared memory; one launch at a time.
 #pragma once
 
 #include <pthread.h>
@@ -62,7 +62,7 @@ struct Grid {
 };
 
 inline std::mutex launch_mutex;
-// Of dynamic shared memory, for each kernel whose limit was set.
+// The limit of dynamic shared memory of each kernel for which it was set.
 inline std::map<const void*, size_t> dynamic_shared_limits;
 inline int n_changed_limits = 0;
 inline int error_to_come = cudaSuccess;
@@ -70,10 +70,10 @@ inline bool has_seed = false;
 inline long long seed = -1;
 constinit inline thread_local cudaError_t last_error = cudaSuccess;
 
-// The launch that runs: its blocks from first on, each `stride` after the one before.
+// The running launch, whose blocks run in steps of `stride`.
 inline uint64_t n_blocks = 0, n_blocks_left = 0, block_rank = 0, stride = 1;
 
-// Shared memory, between two guards.
+// Shared memory, between two guard areas.
 inline std::vector<char> shared_memory;
 inline char* dynamic_shared = nullptr;
 inline size_t dynamic_shared_bytes = 0;
@@ -88,7 +88,7 @@ inline cudaError_t record(cudaError_t error) {
 inline void set_seed(long long value) {
   has_seed = true;
   seed = value;
-  // A step of splitmix64, so that close seeds give far states.
+  // A step of splitmix64, so that similar seeds give unrelated states.
   uint64_t state = static_cast<uint64_t>(value) + 0x9e3779b97f4a7c15ull;
   state = (state ^ (state >> 30)) * 0xbf58476d1ce4e5b9ull;
   state = (state ^ (state >> 27)) * 0x94d049bb133111ebull;

@@ -1,4 +1,4 @@
-// Which thread of the block runs next, and where threads wait for each other.
+// The scheduler: which thread of the block runs next, and where threads wait for each other.
 //
 // A thread starts on the fiber that runs already and keeps it when it has to wait, so that threads that never wait cost
 // a function call.
@@ -51,21 +51,21 @@ inline void go_to(Thread* thread) {
   switch_to(thread->fiber ? *thread->fiber : *take_fiber());
 }
 
-// Lets another run; returns when the current thread is chosen again.
-inline void give_way_to(Thread* next) {
+// Runs another thread; returns when the current thread is chosen again.
+inline void yield_to(Thread* next) {
   Thread* self = block.current;
   if (next == self) return;
   self->fiber = running_fiber;
   go_to(next);
 }
 
-// Meetings of a warp
+// Collectives of a warp
 
-inline void finish_meeting(Warp& warp, uint32_t lanes, const Meeting& meeting) {
-  if (meeting.fold) {
+inline void finish_collective(Warp& warp, uint32_t lanes, const Collective& collective) {
+  if (collective.fold) {
     uint64_t folded = warp.lanes[std::countr_zero(lanes)].value;
     for (uint32_t rest = lanes & (lanes - 1); rest; rest &= rest - 1) {
-      folded = meeting.fold(folded, warp.lanes[std::countr_zero(rest)].value);
+      folded = collective.fold(folded, warp.lanes[std::countr_zero(rest)].value);
     }
     for (uint32_t rest = lanes; rest; rest &= rest - 1) warp.lanes[std::countr_zero(rest)].result = folded;
   } else {
@@ -75,50 +75,51 @@ inline void finish_meeting(Warp& warp, uint32_t lanes, const Meeting& meeting) {
       thread.result = lanes >> thread.source & 1 ? warp.lanes[thread.source].value : ~uint64_t{0};
     }
   }
-  warp.meeting &= ~lanes;
+  warp.at_collective &= ~lanes;
   warp.ready |= lanes;
   block.ready_warps |= 1u << warp.rank;
 }
 
-// Ends the meeting of `thread` if all whom its mask names have come.
-inline bool try_meeting(Warp& warp, const Thread& thread) {
+// Completes the collective of `thread` if all lanes that its mask names have arrived.
+inline bool try_collective(Warp& warp, const Thread& thread) {
   const uint32_t lanes = thread.mask & warp.live;
-  if (lanes & ~warp.meeting) return false;
+  if (lanes & ~warp.at_collective) return false;
   bool agree = true;
   for (uint32_t rest = lanes; rest; rest &= rest - 1) {
     const Thread& other = warp.lanes[std::countr_zero(rest)];
-    if (other.meeting == thread.meeting && other.mask == thread.mask) continue;
+    if (other.collective == thread.collective && other.mask == thread.mask) continue;
     if (other.mask >> thread.lane & 1) {
       fail("lane %d at %s, mask 0x%08x, and lane %d at %s, mask 0x%08x, wait for each other", thread.lane,
-           thread.meeting->name, thread.mask, other.lane, other.meeting->name, other.mask);
+           thread.collective->name, thread.mask, other.lane, other.collective->name, other.mask);
     }
     agree = false;
   }
-  if (agree) finish_meeting(warp, lanes, *thread.meeting);
+  if (agree) finish_collective(warp, lanes, *thread.collective);
   return agree;
 }
 
-inline uint64_t meet_in_warp(const Meeting& meeting, uint32_t mask, uint64_t value, int source,
-                             std::source_location where) {
+inline uint64_t run_warp_collective(const Collective& collective, uint32_t mask, uint64_t value, int source,
+                                    std::source_location where) {
   Thread& self = *block.current;
   Warp& warp = *self.warp;
   const uint32_t lane = 1u << self.lane;
-  self.meeting = &meeting;
+  self.collective = &collective;
   self.mask = mask;
   self.source = source;
   self.value = value;
   self.where = where;
-  warp.meeting |= lane;
-  if (!(mask & lane)) fail("lane %d calls %s with mask 0x%08x, which does not name it", self.lane, meeting.name, mask);
-  if (mask & ~warp.live && meeting.needs_all_named) {
-    fail("%s with mask 0x%08x names lanes 0x%08x, which have exited or never were", meeting.name, mask,
+  warp.at_collective |= lane;
+  if (!(mask & lane))
+    fail("lane %d calls %s with mask 0x%08x, which does not name it", self.lane, collective.name, mask);
+  if (mask & ~warp.live && collective.needs_all_named) {
+    fail("%s with mask 0x%08x names lanes 0x%08x, which have exited or never were", collective.name, mask,
          mask & ~warp.live);
   }
-  if (!try_meeting(warp, self)) {
+  if (!try_collective(warp, self)) {
     warp.ready &= ~lane;
-    give_way_to(next_thread());
+    yield_to(next_thread());
   } else if (block.shuffled) {
-    give_way_to(next_thread());
+    yield_to(next_thread());
   }
   return self.result;
 }
@@ -137,17 +138,17 @@ inline void finish_barrier() {
 }
 
 // Waits for all threads that have not exited; returns how many of them came with a true value.
-inline int meet_in_block(const Meeting& meeting, bool value, std::source_location where) {
+inline int run_block_collective(const Collective& collective, bool value, std::source_location where) {
   Thread& self = *block.current;
   const uint32_t lane = 1u << self.lane;
-  self.meeting = &meeting;
+  self.collective = &collective;
   self.where = where;
   self.mask = 0;
   self.warp->at_barrier |= lane;
   if (block.n_at_barrier == 0) block.first_at_barrier = &self;
   // All must come to one place: a device may take two barriers for one, but does not promise to.
   const Thread& first = *block.first_at_barrier;
-  if (first.meeting != &meeting || first.where.line() != where.line() || first.where.column() != where.column()) {
+  if (first.collective != &collective || first.where.line() != where.line() || first.where.column() != where.column()) {
     fail("deadlock: threads wait at different barriers");
   }
   self.warp->ready &= ~lane;
@@ -155,9 +156,9 @@ inline int meet_in_block(const Meeting& meeting, bool value, std::source_locatio
   if (++block.n_at_barrier == block.n_live) {
     finish_barrier();
     // The warp that came last must not always be the first to leave.
-    if (block.shuffled) give_way_to(thread_of_a_warp(0));
+    if (block.shuffled) yield_to(thread_of_a_warp(0));
   } else {
-    give_way_to(next_thread());
+    yield_to(next_thread());
   }
   return block.barrier_result;
 }
@@ -171,13 +172,13 @@ inline void exit_thread() {
   self.fiber = nullptr;
   warp.live &= ~lane;
   warp.ready &= ~lane;
-  for (uint32_t rest = warp.meeting; rest; rest &= rest - 1) {
+  for (uint32_t rest = warp.at_collective; rest; rest &= rest - 1) {
     const Thread& other = warp.lanes[std::countr_zero(rest)];
-    if (!(warp.meeting >> other.lane & 1) || !(other.mask & lane)) continue;
-    if (other.meeting->needs_all_named) {
-      fail("lane %d exits while lane %d waits for it at %s", self.lane, other.lane, other.meeting->name);
+    if (!(warp.at_collective >> other.lane & 1) || !(other.mask & lane)) continue;
+    if (other.collective->needs_all_named) {
+      fail("lane %d exits while lane %d waits for it at %s", self.lane, other.lane, other.collective->name);
     }
-    try_meeting(warp, other);
+    try_collective(warp, other);
   }
   if (--block.n_live == block.n_at_barrier && block.n_live) finish_barrier();
 }
@@ -234,7 +235,7 @@ inline Thread* start_threads() {
     const int n_lanes = block.n_threads - i * kWarpSize;
     const uint32_t lanes = n_lanes >= kWarpSize ? ~0u : (1u << n_lanes) - 1;
     block.warps[i].live = block.warps[i].ready = lanes;
-    block.warps[i].meeting = block.warps[i].at_barrier = 0;
+    block.warps[i].at_collective = block.warps[i].at_barrier = 0;
   }
   block.ready_warps = block.n_warps == 32 ? ~0u : (1u << block.n_warps) - 1;
   block.n_live = block.n_threads;

@@ -1,4 +1,4 @@
-// Kernels that test the shim itself: right ones, and one for each error that it is there to find.
+// Kernels that test the shim itself: correct ones, and one for each error that it must detect.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -41,7 +41,7 @@ __global__ void reverse_in_warp(int* values) {
   values[threadIdx.x] = staged[31 - threadIdx.x];
 }
 
-enum Deed : int {
+enum Misuse : int {
   kBarrierInBranch,
   kBarrierAndShuffle,
   kTwoBarriers,
@@ -62,13 +62,13 @@ enum Deed : int {
 };
 
 // Two warps; 64 floats at `global` and in dynamic shared memory.
-__global__ void misdeed(Deed deed, volatile float* global, int one) {
+__global__ void misuse(Misuse misuse, volatile float* global, int one) {
   FASTOPT_DYNAMIC_SHARED(bytes);
   volatile float* shared = reinterpret_cast<volatile float*>(bytes);
   __shared__ volatile float fixed[64];
   __shared__ volatile double more[64];
   const unsigned thread = threadIdx.x;
-  switch (deed) {
+  switch (misuse) {
     case kBarrierInBranch:
       if (thread < 16) __syncthreads();
       __syncwarp();
@@ -188,7 +188,7 @@ __global__ void exchange(int kind, unsigned mask, int argument, int width, const
   }
 }
 
-// Threads from `live` on exit; the others meet in their warps, then vote.
+// Threads from `live` on exit; the others synchronise their warps, then vote.
 __global__ void vote(int live, int threshold, int* out) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread >= live) return;
@@ -238,9 +238,9 @@ int reverse(int barrier, int* values) {
   return last_error();
 }
 
-int do_misdeed(int deed) {
+int do_misuse(int number) {
   float* global = new float[64]();
-  FASTOPT_LAUNCH(misdeed, 1, 64, 64 * sizeof(float), nullptr, static_cast<Deed>(deed), global, 1);
+  FASTOPT_LAUNCH(misuse, 1, 64, 64 * sizeof(float), nullptr, static_cast<Misuse>(number), global, 1);
   delete[] global;
   return last_error();
 }

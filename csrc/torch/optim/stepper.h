@@ -100,7 +100,7 @@ class Stepper {
 
   // Checks everything and changes nothing, but that a parameter may get an empty state.
   bool gather_all(PyObject* optimizer, bool reads_scaling) {
-    if (!is_quiet()) return refuse("a dispatch mode or a transform is on");
+    if (has_dispatch_modes()) return refuse("a dispatch mode or a transform is on");
     if (!is_free_of_function_modes()) return refuse("a torch function mode is on");
     if (is_forward_mode_on()) return refuse("forward-mode differentiation is on");
     for (;;) {
