@@ -1,8 +1,8 @@
-"""What pyproject.toml cannot say: csrc/ travels inside the package, and the libraries are compiled where torch is.
+"""The part of packaging that pyproject.toml cannot express: csrc/ goes into the package, and libraries are compiled.
 
 FASTOPT_AOT=0 leaves them out; the build backend in _backend/ sets it where there is nothing to compile with.
-FASTOPT_CUDA=1 makes the CUDA library a must, FASTOPT_CUDA=0 leaves it out; else it is compiled if torch has CUDA and an
-nvcc is found.
+FASTOPT_CUDA=1 requires the CUDA library, FASTOPT_CUDA=0 leaves it out; otherwise it is compiled if torch has CUDA and
+an nvcc is found.
 """
 
 import importlib
@@ -58,14 +58,14 @@ def compiled_extension():
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        """Leaves beside the library what it was built for, and the CUDA library."""
+        """Also writes the library's identity file and compiles the CUDA library."""
 
         def run(self):
             super().run()
             library = Path(self.get_ext_fullpath("fastopt._C"))
             recipe.write_identity(library, recipe.identity(), compiler=str(compiler))
             cuda_library = library.with_name(cuda_recipe.CudaLibrary.filename)
-            cuda_recipe.compile_ahead(cuda_library, Path(self.build_temp, "cuda"))
+            cuda_recipe.compile_at_installation(cuda_library, Path(self.build_temp, "cuda"))
 
         def get_outputs(self):
             folder = Path(self.build_lib, "fastopt")

@@ -1,4 +1,4 @@
-"""The PEP 517/660 backend: setuptools, told to compile against the torch of the environment pip installs into.
+"""The PEP 517/660 backend: setuptools, compiling against the torch of the environment pip installs into.
 
 Build isolation hides that environment, and a torch listed in ``build-system.requires`` would be a second, maybe
 different one. So the target's own interpreter is asked where its torch is, and its import path is appended to ours.
@@ -19,7 +19,7 @@ from setuptools.build_meta import build_sdist  # noqa: F401  the front end calls
 
 OLDEST_TORCH = (2, 11)
 
-_ASK_TARGET = """
+_PRINT_TARGET = """
 import importlib.metadata, json, sys
 try:
     torch = importlib.metadata.version("torch")
@@ -33,14 +33,14 @@ def _target():
     """Version of torch (or None) and import path, as the target environment's interpreter sees them."""
     hidden_by_pip = ("PYTHONPATH", "PYTHONNOUSERSITE")
     env = {name: value for name, value in os.environ.items() if name not in hidden_by_pip}
-    answer = subprocess.run(
-        [sys.executable, "-c", _ASK_TARGET], env=env, stdout=subprocess.PIPE, check=True, cwd=os.sep
+    output = subprocess.run(
+        [sys.executable, "-c", _PRINT_TARGET], env=env, stdout=subprocess.PIPE, check=True, cwd=os.sep
     )
-    return json.loads(answer.stdout)
+    return json.loads(output.stdout)
 
 
 def _why_not_ahead_of_time(torch_version):
-    """Reason not to compile now, or None to go ahead."""
+    """The reason not to compile now, or None to compile."""
     if os.environ.get("FASTOPT_AOT") == "0":
         return "FASTOPT_AOT=0"
     if torch_version is None:
@@ -53,7 +53,7 @@ def _why_not_ahead_of_time(torch_version):
 
 @contextlib.contextmanager
 def _setup_py(ahead_of_time):
-    """Tell setup.py through FASTOPT_AOT whether the extension is part of this build."""
+    """Set FASTOPT_AOT, from which setup.py knows if the extension is part of this build."""
     before = os.environ.get("FASTOPT_AOT")
     os.environ["FASTOPT_AOT"] = "1" if ahead_of_time else "0"
     try:
@@ -72,7 +72,7 @@ def _requires(hook, config_settings):
 
 
 def _build(hook, *args):
-    """Run a build hook with the extension in it; where that cannot be, or fails, without."""
+    """Run a build hook with the extension in it; without it where that is impossible or fails."""
     target = _target()
     reason = _why_not_ahead_of_time(target["torch"])
     if reason is None:

@@ -1,4 +1,4 @@
-"""``python -m fastopt``: the demo, the benchmark, what fastopt runs on here, and building its kernels ahead of use."""
+"""``python -m fastopt``: the demo, the benchmark, the state of the kernels here, and building them ahead of use."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ PROG = "python -m fastopt"
 
 
 def main(argv=None):
-    """Run one subcommand and return its exit status, which means what ``EXIT_STATUS`` says."""
+    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``."""
     prog = PROG
     try:
         args = _parser().parse_args(argv)
@@ -31,13 +31,11 @@ def main(argv=None):
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if isinstance(
-            error.__cause__, BuildError
-        ):  # kernels that were asked for cannot be had, and the message says why
+        if isinstance(error.__cause__, BuildError):  # requested kernels are missing; the message says why
             return _no_kernels(prog, error)
         traceback.print_exc()
         return 3
@@ -128,11 +126,11 @@ def _build(args, parser):
     return 0
 
 
-# Each subcommand: what adds its arguments, what runs it, and its line of help.
+# Each subcommand: the function that adds its arguments, the one that runs it, and its line of help.
 COMMANDS = {
     "demo": (_demo_arguments, _demo, "train a CNN with stock torch and with fastopt, side by side"),
     "bench": (_bench_arguments, _bench, "time fastopt beside torch and other libraries"),
-    "info": (_info_arguments, _info, "tell which kernels serve here, and why"),
+    "info": (_info_arguments, _info, "report which kernels run here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }
 

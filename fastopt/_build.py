@@ -1,7 +1,7 @@
 """How the extension is built: its sources, its flags and its identity, ahead of time and just in time alike.
 
 setup.py loads this file without the package around it, and a just-in-time build runs it as a program, so it imports
-nothing of fastopt, and torch only inside functions. What the CUDA library's build shares with it is here too.
+nothing of fastopt, and torch only inside functions. The CUDA library's build uses parts of it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 SOURCE_FOLDERS = ("cpu", "torch")  # csrc/cpu knows no torch header, csrc/torch is the glue
 SOURCE_SUFFIXES = (".cpp", ".h")
-FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")  # what a build takes from the environment
+FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")  # read by a build from the environment
 
 INSTALL_COMPILER = (
     "install a C++20 compiler (Debian, Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
@@ -33,13 +33,13 @@ ERROR_LINE = re.compile(
     r"|\bNo space left|^FAILED: |ModuleNotFoundError"
 )
 
-# Held while a program is started, and by a thread that forks: a child born in between would keep the pipe open by which
-# the start is reported, and the parent would wait for it.
-spawning = threading.RLock()
+# Held while a program is started, and by a thread that forks: a child forked in between would keep open the pipe by
+# which the start is reported, and the parent would wait for it.
+spawn_lock = threading.RLock()
 
 
 class BuildError(Exception):
-    """The library cannot be built here: ``reason`` says why, ``remedy`` what to do about it."""
+    """The library cannot be built here: ``reason`` is the cause, ``remedy`` the advice to the user."""
 
     def __init__(self, reason, remedy):
         super().__init__(f"{reason}; {remedy}")
@@ -48,12 +48,12 @@ class BuildError(Exception):
 
 
 class BadVariable(BuildError):
-    """An environment variable asks for what cannot be."""
+    """An environment variable has a value that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler that answers: its command line and what it says of itself."""
+    """A working C++ compiler: its command and what ``--version`` prints."""
 
     command: str
     version: str
@@ -67,8 +67,8 @@ class Compiler:
 
 
 def spawn(command, env=None, stderr=subprocess.STDOUT):
-    """Start a program that reads nothing and whose output comes through one pipe."""
-    with spawning:
+    """Start a program with no input and its output in a pipe."""
+    with spawn_lock:
         return subprocess.Popen(
             command,
             env=env,
@@ -91,14 +91,14 @@ def run(command, env=None, verbose=False):
     return process.returncode, log
 
 
-def explain(failed, log, remedies, otherwise):
-    """The failure of a build, from what it printed.
+def failure_from_log(failed, log, remedies, otherwise):
+    """The error to raise for a build that failed, from what it printed.
 
     Args:
-        failed: what failed.
+        failed: the step that failed.
         log: lines of its output.
-        remedies: pairs of a pattern to look for in the lines, and what to do if it is there.
-        otherwise: what to do if none is.
+        remedies: pairs of a pattern to look for in the lines and the advice if it is found.
+        otherwise: the advice if none is found.
     """
     errors = [line for line in log if ERROR_LINE.search(line)] or log[-4:]
     reason = "\n    ".join([f"{failed}:", *(line[:200] for line in errors[:6])])
@@ -108,10 +108,10 @@ def explain(failed, log, remedies, otherwise):
 
 
 def named_compiler():
-    """The compiler named in ``CXX``, or nothing.
+    """The compiler named in ``CXX``, or an empty string.
 
     Raises:
-        BadVariable: it is more than a program.
+        BadVariable: it holds more than the name of a program.
     """
     named = os.environ.get("CXX", "")
     if " " in named and shutil.which(named) is None:  # torch would quote it as one word
@@ -131,15 +131,15 @@ def find_compiler():
     command = named or next(filter(shutil.which, ("c++", "g++")), None)
     if command is None:
         raise BuildError("no C++ compiler is on the path", INSTALL_COMPILER)
-    says = f"CXX={named}" if named else command
+    shown = f"CXX={named}" if named else command
     try:
         process = spawn([command, "--version"], stderr=subprocess.DEVNULL)
     except OSError as error:
-        raise BuildError(f"the C++ compiler {says} cannot be run: {error.strerror}", INSTALL_COMPILER) from error
+        raise BuildError(f"the C++ compiler {shown} cannot be run: {error.strerror}", INSTALL_COMPILER) from error
     version = process.communicate()[0].strip()
     if process.returncode != 0 or not version:
         raise BuildError(
-            f"the C++ compiler {says} is broken: --version exits with status {process.returncode}", INSTALL_COMPILER
+            f"the C++ compiler {shown} is broken: --version exits with status {process.returncode}", INSTALL_COMPILER
         )
     return Compiler(command, version)
 
@@ -228,7 +228,7 @@ def build_environment(compiler):
 
 
 def identity():
-    """What a library must have been built from and for, to be loaded into this process."""
+    """Identity that a library must have to be loaded into this process."""
     import torch
 
     files = [path for path in csrc().rglob("*") if path.suffix in SOURCE_SUFFIXES]
@@ -244,12 +244,12 @@ def identity():
 
 
 def identity_file(library):
-    """Where a library's identity is: beside it, ``_C.json`` for ``_C.cpython-311-x86_64-linux-gnu.so``."""
+    """Path of a library's identity file, beside it: ``_C.json`` for ``_C.cpython-311-x86_64-linux-gnu.so``."""
     return library.with_name(library.name.partition(".")[0] + ".json")
 
 
 def write_identity(library, built_for, **more):
-    """Leave beside a library what it was built from and for."""
+    """Write a library's identity file."""
     identity_file(library).write_text(json.dumps({**built_for, **more}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -263,7 +263,7 @@ def sha256(path):
 
 @dataclass(frozen=True)
 class CpuLibrary:
-    """The extension as the cache of just-in-time builds knows it."""
+    """The extension, as a target of just-in-time builds."""
 
     compiler: Compiler
     filename = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
@@ -277,16 +277,16 @@ class CpuLibrary:
         return identity()
 
     def details(self):
-        """What else the identity says of a library."""
+        """Further entries of the identity file, for information."""
         return {"compiler": str(self.compiler)}
 
     def variant(self):
-        """What else names the cache entry."""
+        """Further values that select the cache entry."""
         binary = os.path.realpath(shutil.which(self.compiler.command))
         return [self.compiler.version, binary, *map(os.environ.get, FLAG_VARIABLES)]
 
     def compile(self, work, verbose):
-        """Path of the library, compiled in ``work`` by a process that keeps the noise and the memory out of ours."""
+        """Path of the library, compiled in ``work`` by a child process, so that its output and memory are not ours."""
         if importlib.util.find_spec("setuptools") is None:
             raise BuildError("setuptools is missing", "pip install setuptools")
         path = os.pathsep.join(filter(None, sys.path))
@@ -296,7 +296,7 @@ class CpuLibrary:
         if status != 0:
             no_headers = ("Python.h", "install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
             see_all = f"{INSTALL_COMPILER}; fastopt.build(verbose=True) shows everything"
-            raise explain(f"compiling failed with {self.compiler}", log, [no_headers], see_all)
+            raise failure_from_log(f"compiling failed with {self.compiler}", log, [no_headers], see_all)
         return Path(work, "lib", self.filename)
 
 
@@ -305,7 +305,7 @@ def compile_into(directory):
     from setuptools import setup
     from torch.utils.cpp_extension import BuildExtension
 
-    os.chdir(directory)  # no setup.cfg or pyproject.toml of a stranger is read here
+    os.chdir(directory)  # so that no other project's setup.cfg or pyproject.toml is read
     setup(
         name="fastopt",
         packages=[],

@@ -1,4 +1,4 @@
-"""How the CUDA library is built: by which nvcc, for which GPUs, with which flags.
+"""How the CUDA library is built: the nvcc, the architectures and the flags.
 
 The kernels know no torch and no Python: nvcc compiles them into a shared library of their own, which the extension
 opens. So one library serves every torch, and a torch without CUDA can build it. Like _build.py, this is loaded by
@@ -18,7 +18,7 @@ from . import _build
 from ._build import BadVariable, BuildError
 
 SOURCE_SUFFIXES = (".cu", ".cuh", ".h")
-AHEAD_OF_TIME = (80, 86, 89, 90, 100, 120)  # what a library for unknown GPUs holds; PTX of the first serves the others
+DEFAULT_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # of a library for unknown GPUs; PTX of the first serves the others
 NAMED = {  # as torch reads them, in its order: longer names first
     "Kepler+Tesla": "3.7",
     "Kepler": "3.5+PTX",
@@ -40,10 +40,10 @@ USUAL_TOOLKIT = "/usr/local/cuda"
 PIP_FOLDERS = "nvidia/*"  # in an entry of sys.path; one for each major version
 OLDEST_CUDA = "12.1"  # of nvcc and driver: kernels with more than 4096 bytes of arguments need it
 NVCC_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CXX")  # from the environment
-# What to do about a failure, by what nvcc printed.
-HOST_TOO_NEW = r"unsupported (GNU|clang) version"
-NO_HOST = r"Failed to preprocess host compiler"
-NO_PART = r"fatal error: \S+: No such file|(cicc|ptxas|cudafe\+\+|fatbinary|nvlink): not found|cannot find -l"
+# Output of nvcc from which the advice about a failure is chosen.
+HOST_COMPILER_TOO_NEW = r"unsupported (GNU|clang) version"
+NO_HOST_COMPILER = r"Failed to preprocess host compiler"
+MISSING_PART = r"fatal error: \S+: No such file|(cicc|ptxas|cudafe\+\+|fatbinary|nvlink): not found|cannot find -l"
 
 
 class NoNvcc(BuildError):
@@ -52,7 +52,7 @@ class NoNvcc(BuildError):
 
 @dataclass(frozen=True)
 class Nvcc:
-    """An nvcc that answers: its path, what it says of itself, and where parts that it would not find itself are."""
+    """A working nvcc: its path, what ``--version`` prints, and folders that it would not search itself."""
 
     command: str
     version: str
@@ -65,19 +65,19 @@ class Nvcc:
         return found.group(1) if found else "of unknown version"
 
     def is_too_old(self):
-        return bool(_numbers(self.release)) and _numbers(self.release) < _numbers(OLDEST_CUDA)
+        return bool(_major_minor(self.release)) and _major_minor(self.release) < _major_minor(OLDEST_CUDA)
 
     def __str__(self):
         return f"nvcc {self.release} ({self.command})"
 
-    def known(self):
+    def known_architectures(self):
         """Architectures for which it compiles, ascending: 90 for sm_90."""
-        listed = _ask([self.command, "--list-gpu-code"])
+        listed = _output_of([self.command, "--list-gpu-code"])
         return sorted(int(number) for number in re.findall(r"\bsm_(\d+)\b", listed))
 
 
-def wanted():
-    """What ``FASTOPT_CUDA`` asks: True for 1, False for 0, None if it leaves the choice.
+def requested():
+    """The value of ``FASTOPT_CUDA``: True for 1, False for 0, None if it is not set.
 
     Raises:
         ValueError: it is something else.
@@ -88,9 +88,9 @@ def wanted():
     return None if value == "" else value == "1"
 
 
-def is_wanted_for(torch_cuda):
-    """Whether to compile the kernels where torch is built with that CUDA, or with none."""
-    return torch_cuda is not None if wanted() is None else wanted()
+def is_enabled_for(torch_cuda):
+    """True if the kernels are to be compiled for a torch with that CUDA version (None: without CUDA)."""
+    return torch_cuda is not None if requested() is None else requested()
 
 
 def find_nvcc():
@@ -102,7 +102,7 @@ def find_nvcc():
     unfit = None
     for command, include_dirs, library_dirs in _candidates():
         try:
-            version = _ask([command, "--version"])
+            version = _output_of([command, "--version"])
         except OSError as error:
             unfit = f"{command} cannot be run: {error.strerror}"
             continue
@@ -117,7 +117,7 @@ def find_nvcc():
 
 
 def install_nvcc():
-    """How to get an nvcc that suits torch."""
+    """Advice on how to get an nvcc that suits torch."""
     import torch
 
     version = torch.version.cuda or "13.0"
@@ -129,29 +129,29 @@ def install_nvcc():
 
 
 def architectures(nvcc, gpus=()):
-    """What to compile for: ``sm_90`` for machine code, ``compute_90`` for PTX, which newer GPUs compile themselves.
+    """Architectures to compile for: ``sm_90`` is machine code, ``compute_90`` PTX for newer GPUs.
 
     Args:
         nvcc: from :func:`find_nvcc`.
         gpus: compute capabilities of the GPUs here, such as (9, 0); none for a library that serves any.
 
     Raises:
-        BadVariable: ``TORCH_CUDA_ARCH_LIST`` cannot be read, leaves out a GPU, or names what this nvcc does not know.
+        BadVariable: ``TORCH_CUDA_ARCH_LIST`` cannot be read, leaves out a GPU, or names one unknown to this nvcc.
         BuildError: nvcc is too old or too new for the GPUs.
     """
-    known = nvcc.known()
+    known = nvcc.known_architectures()
     if not known:
         raise BuildError(f"{nvcc} names no architecture", install_nvcc())
     listed = listed_architectures()
     if listed:
-        real, virtual = _known_of(listed, known, nvcc)
+        real, virtual = _of_list(listed, known, nvcc)
     elif gpus:
         real, virtual = _for_gpus(gpus, known, nvcc)
     else:
-        real = {number for number in AHEAD_OF_TIME if number in known} or {known[0]}
+        real = {number for number in DEFAULT_ARCHITECTURES if number in known} or {known[0]}
         virtual = {min(real)}
     archs = [f"sm_{number}" for number in sorted(real)] + [f"compute_{number}" for number in sorted(virtual)]
-    missing = ", ".join(left_out(archs, gpus))
+    missing = ", ".join(unsupported_gpus(archs, gpus))
     if missing:
         raise BadVariable(
             f"TORCH_CUDA_ARCH_LIST={os.environ['TORCH_CUDA_ARCH_LIST']} leaves out {missing}, which is here",
@@ -160,13 +160,13 @@ def architectures(nvcc, gpus=()):
     return archs
 
 
-def left_out(archs, gpus):
-    """GPUs that a library of these architectures does not serve."""
-    return [f"sm_{10 * major + minor}" for major, minor in gpus if not _serves(archs, 10 * major + minor)]
+def unsupported_gpus(archs, gpus):
+    """GPUs that a library of these architectures does not support."""
+    return [f"sm_{10 * major + minor}" for major, minor in gpus if not _supports(archs, 10 * major + minor)]
 
 
 def identity():
-    """What a library must have been built from, to be loaded by the extension beside it."""
+    """Identity that a library must have to be loaded by this extension."""
     root = _build.csrc()
     extension_only = [root / folder for folder in _build.SOURCE_FOLDERS]
     files = [
@@ -179,7 +179,7 @@ def identity():
 
 @dataclass(frozen=True)
 class CudaLibrary:
-    """The CUDA library as the cache of just-in-time builds knows it."""
+    """The CUDA library, as a target of just-in-time builds."""
 
     nvcc: Nvcc
     archs: tuple
@@ -192,11 +192,11 @@ class CudaLibrary:
         return identity()
 
     def details(self):
-        """What else the identity says of a library."""
+        """Further entries of the identity file, for information."""
         return {"nvcc": self.nvcc.release, "archs": list(self.archs)}
 
     def variant(self):
-        """What else names the cache entry."""
+        """Further values that select the cache entry."""
         nvcc = [self.nvcc.version, os.path.realpath(self.nvcc.command)]
         return [*nvcc, list(self.archs), *map(os.environ.get, NVCC_VARIABLES)]
 
@@ -232,12 +232,12 @@ class CudaLibrary:
         status, log = _build.run([self.nvcc.command, *options, *map(str, arguments)], env, verbose)
         if status != 0:
             remedies = [
-                (HOST_TOO_NEW, "name a C++ compiler that this nvcc takes in NVCC_CCBIN"),
-                (NO_HOST, _build.INSTALL_COMPILER),
-                (NO_PART, install_nvcc()),
+                (HOST_COMPILER_TOO_NEW, "name a C++ compiler that this nvcc takes in NVCC_CCBIN"),
+                (NO_HOST_COMPILER, _build.INSTALL_COMPILER),
+                (MISSING_PART, install_nvcc()),
             ]
             see_all = "python -m fastopt build --verbose shows everything; FASTOPT_CUDA=0 does without CUDA kernels"
-            raise _build.explain(f"compiling the CUDA kernels failed with {self.nvcc}", log, remedies, see_all)
+            raise _build.failure_from_log(f"compiling the CUDA kernels failed with {self.nvcc}", log, remedies, see_all)
 
 
 def compile_flags():
@@ -254,10 +254,10 @@ def link_flags():
     return ["-shared", "-cudart=static", "-Xlinker=--exclude-libs=ALL,-Bsymbolic,-z,defs"]
 
 
-def compile_ahead(library, work):
-    """Compile ``library`` at installation, if it is wanted for the torch that can be imported now.
+def compile_at_installation(library, work):
+    """Compile ``library`` at installation, if it is enabled for the torch that can be imported now.
 
-    Only ``FASTOPT_CUDA=1`` makes a failure an error; otherwise the identity beside the library says what failed.
+    Only ``FASTOPT_CUDA=1`` makes a failure an error; otherwise the identity file records what failed.
 
     Args:
         library: path of the library to make.
@@ -267,21 +267,21 @@ def compile_ahead(library, work):
 
     for left in (library, _build.identity_file(library)):
         left.unlink(missing_ok=True)
-    if not is_wanted_for(torch.version.cuda):
+    if not is_enabled_for(torch.version.cuda):
         return
     try:
         nvcc = find_nvcc()
-        kind = CudaLibrary(nvcc, tuple(architectures(nvcc)))
-        print(f"fastopt: compiling {kind} with {nvcc}", file=sys.stderr)
-        built_for = kind.identity()
-        shutil.copy(kind.compile(work, verbose=True), library)
+        target = CudaLibrary(nvcc, tuple(architectures(nvcc)))
+        print(f"fastopt: compiling {target} with {nvcc}", file=sys.stderr)
+        built_for = target.identity()
+        shutil.copy(target.compile(work, verbose=True), library)
     except BuildError as error:
-        if wanted():
+        if requested():
             raise
         print(f"fastopt: installed without CUDA kernels: {error}", file=sys.stderr)
         _build.write_identity(library, {}, failure=error.reason)
     else:
-        _build.write_identity(library, built_for, **kind.details(), sha256=_build.sha256(library))
+        _build.write_identity(library, built_for, **target.details(), sha256=_build.sha256(library))
 
 
 def _candidates():
@@ -297,23 +297,23 @@ def _candidates():
             # Another entry may hold the rest, as in an environment on top of another; and nvcc looks in lib64 only.
             parts = [folder, *(other for other in folders if other.name == folder.name and other != folder)]
             include_dirs = [part / name for part in parts for name in ("include", "include/cccl")]
-            yield str(folder / "bin/nvcc"), _that_exist(include_dirs), _that_exist([part / "lib" for part in parts])
+            yield str(folder / "bin/nvcc"), _existing(include_dirs), _existing([part / "lib" for part in parts])
 
 
-def _numbers(release):
+def _major_minor(release):
     """Of a version such as 13.0.88, the first two."""
     return [int(number) for number in re.findall(r"\d+", release)[:2]]
 
 
-def _that_exist(folders):
+def _existing(folders):
     return tuple(str(folder) for folder in folders if folder.is_dir())
 
 
-def _ask(command):
-    """What a program answers, or nothing if it fails."""
+def _output_of(command):
+    """Output of a program, or an empty string if it fails."""
     process = _build.spawn(command, stderr=subprocess.DEVNULL)
-    answer = process.communicate()[0].strip()
-    return answer if process.returncode == 0 else ""
+    output = process.communicate()[0].strip()
+    return output if process.returncode == 0 else ""
 
 
 def _max_jobs():
@@ -321,20 +321,20 @@ def _max_jobs():
     return max(1, int(named)) if named.isascii() and named.isdigit() else os.cpu_count() or 1
 
 
-def _serves(archs, gpu):
+def _supports(archs, gpu):
     kinds = [arch.split("_") for arch in archs]
     return any(int(number) <= gpu and (kind == "compute" or int(number) // 10 == gpu // 10) for kind, number in kinds)
 
 
 def listed_architectures():
-    """What ``TORCH_CUDA_ARCH_LIST`` names, as torch takes it; nothing for ``native``, and if it is not set.
+    """The architectures in ``TORCH_CUDA_ARCH_LIST``, read as torch reads it; empty for ``native`` and if it is not set.
 
     Returns:
-        Of each word in ``8.0;9.0+PTX`` the word itself, 90 for 9.0, and whether it asks for PTX. An a or f, as in 9.0a,
-        changes nothing.
+        For each word in ``8.0;9.0+PTX``: the word, its number (90 for 9.0), and True if it asks for PTX. A suffix, a or
+        f as in 9.0a, is ignored.
 
     Raises:
-        BadVariable: it names something else.
+        BadVariable: a word cannot be read.
     """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if listed in ("", "native"):
@@ -353,8 +353,8 @@ def listed_architectures():
     return found
 
 
-def _known_of(listed, known, nvcc):
-    """Machine code and PTX of what ``TORCH_CUDA_ARCH_LIST`` names."""
+def _of_list(listed, known, nvcc):
+    """Machine code and PTX for the architectures in ``TORCH_CUDA_ARCH_LIST``."""
     for word, number, _ in listed:
         if number not in known:
             raise BadVariable(f"TORCH_CUDA_ARCH_LIST holds {word}, for which {nvcc} does not compile", NAME_ARCHS)

@@ -11,8 +11,8 @@ def check():
         ValueError: a variable breaks its rule; the message names variable, rule and value.
     """
     try:
-        _native.wanted_backend()
-        _build_cuda.wanted()
+        _native.requested_backend()
+        _build_cuda.requested()
         _build_cuda.listed_architectures()
         _build.named_compiler()
     except _build.BuildError as error:
@@ -35,7 +35,7 @@ def _check_max_jobs():
 
 
 def _check_cache_dir():
-    """A directory, or a path at which one can be made: not one below a file."""
+    """The cache must be a directory or a path at which one can be made, so not below a file."""
     folder = _jit.cache_dir()
     exists = next(filter(os.path.lexists, (folder, *folder.parents)), None)  # None on a drive that is not there
     if exists is None or not os.path.isdir(exists):

@@ -2,10 +2,10 @@
 
 An entry belongs to one state of the sources and all that a library of its kind depends on: for the extension one torch,
 one Python ABI and one compiler, for the CUDA library one nvcc and some architectures. It is built in a folder of its
-own and moved into place, under a file lock that the kernel frees when its holder dies, so a killed build leaves nothing
-that matters. A library is trusted only if its checksum matches: one cut short would not fail to load but crash.
+own and moved into place, under a file lock that the kernel frees when its holder dies, so a killed build does no
+harm. A library is loaded only if its checksum matches: one cut short would not fail to load but crash.
 
-The two kinds are :class:`_build.CpuLibrary` and :class:`_build_cuda.CudaLibrary`.
+The two targets are :class:`_build.CpuLibrary` and :class:`_build_cuda.CudaLibrary`.
 """
 
 import contextlib
@@ -32,27 +32,27 @@ def cache_dir():
     return Path(os.path.abspath(os.path.expanduser(folder)))
 
 
-def cached(kind):
-    """Path of the library of that kind that is whole, or None."""
-    library = _entry(kind) / kind.filename
-    return library if is_whole(library, kind.identity()) else None
+def cached(target):
+    """Path of the target's library if it is intact, or None."""
+    library = _entry(target) / target.filename
+    return library if is_intact(library, target.identity()) else None
 
 
-def compile(kind, verbose=False):
+def compile(target, verbose=False):
     """Path of the library, compiled by this process or by the one it waited for.
 
     Args:
-        kind: what to compile.
+        target: the library to compile.
         verbose: pass the compiler's output on to stderr.
 
     Raises:
-        BuildError: the compiler, a build tool or the cache directory does not serve.
+        BuildError: the compiler, a build tool or the cache directory cannot be used.
     """
-    entry = _entry(kind)
+    entry = _entry(target)
     try:
         entry.mkdir(parents=True, exist_ok=True)
         with _locked(entry / "lock"):
-            return cached(kind) or _compile_locked(entry, kind, verbose)
+            return cached(target) or _compile_locked(entry, target, verbose)
     except OSError as error:
         raise BuildError(
             f"the cache {entry} cannot be written: {error.strerror or error}", _build.USE_WRITABLE_CACHE
@@ -60,7 +60,7 @@ def compile(kind, verbose=False):
 
 
 def read_identity(library):
-    """What a library was built from and for; empty if nothing readable says so."""
+    """The identity that a library was built with; empty if there is no readable one."""
     try:
         found = json.loads(_build.identity_file(library).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,15 +68,15 @@ def read_identity(library):
     return found if isinstance(found, dict) else {}
 
 
-def fits(library, identity):
-    """Whether a library says that it was built from and for what ``identity`` asks."""
+def matches(library, identity):
+    """True if the library's identity file agrees with ``identity``."""
     return read_identity(library).items() >= identity.items()
 
 
-def is_whole(library, identity):
-    """Whether a library fits, and is the file of which its identity has the checksum."""
+def is_intact(library, identity):
+    """True if the library matches ``identity`` and has the checksum that its identity file records."""
     checksum = read_identity(library).get("sha256")
-    return fits(library, identity) and checksum is not None and _build.sha256(library) == checksum
+    return matches(library, identity) and checksum is not None and _build.sha256(library) == checksum
 
 
 def close_locks_after_fork():
@@ -85,34 +85,34 @@ def close_locks_after_fork():
         _lock_files.pop().close()
 
 
-def _entry(kind):
-    text = json.dumps([kind.identity(), kind.variant()])
+def _entry(target):
+    text = json.dumps([target.identity(), target.variant()])
     return cache_dir() / hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _compile_locked(entry, kind, verbose):
+def _compile_locked(entry, target, verbose):
     for left_by_killed in entry.glob("build-*"):
         shutil.rmtree(left_by_killed, ignore_errors=True)
-    built_for = kind.identity()
-    _say(f"compiling {kind}, once, into {entry}")
+    built_for = target.identity()
+    _report(f"compiling {target}, once, into {entry}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="build-", dir=entry, ignore_cleanup_errors=True) as work:
-        library = kind.compile(Path(work), verbose)
-        if kind.identity() != built_for:
+        library = target.compile(Path(work), verbose)
+        if target.identity() != built_for:
             raise BuildError(f"{_build.csrc()} changed during the build", "try again")
-        _build.write_identity(library, built_for, **kind.details(), sha256=_build.sha256(library))
+        _build.write_identity(library, built_for, **target.details(), sha256=_build.sha256(library))
         os.replace(library, entry / library.name)
         identity = _build.identity_file(library)
         os.replace(identity, entry / identity.name)  # last, for it vouches for the library
-    _say(f"compiled in {time.monotonic() - started:.0f} s")
-    return entry / kind.filename
+    _report(f"compiled in {time.monotonic() - started:.0f} s")
+    return entry / target.filename
 
 
 def file_locks():
-    """The module of file locks, which only POSIX has.
+    """The module ``fcntl``, which only POSIX systems have.
 
     Raises:
-        BuildError: the system is another.
+        BuildError: this system does not.
     """
     try:
         import fcntl
@@ -134,7 +134,7 @@ def _locked(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _say("waiting for another process that compiles the kernels")
+                _report("waiting for another process that compiles the kernels")
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
         finally:
@@ -142,5 +142,5 @@ def _locked(path):
             fcntl.flock(file, fcntl.LOCK_UN)  # also of a copy that a fork left in a child
 
 
-def _say(message):
+def _report(message):
     print(f"fastopt: {message}", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Says what serves the kernels: the library compiled at installation, one compiled just in time, or plain torch.
+"""Chooses what runs the kernels: the library compiled at installation, one compiled just in time, or plain torch.
 
 A library is loaded only if it was built for exactly this torch and these sources. Where there is none and none can be
-compiled, the reference path serves, after one warning. Nothing is settled before the first use.
+compiled, the reference path runs, after one warning. Nothing is decided before the first use.
 
 The kernels for CUDA are in a library of their own, which the first CUDA tensor makes the extension open. Where there is
-none, torch serves CUDA tensors; a torch for ROCm, whose GPU tensors are CUDA tensors too, gets no library.
+none, torch's own kernels run; a torch for ROCm, whose GPU tensors are CUDA tensors too, gets no library.
 """
 
 import importlib.util
@@ -25,10 +25,10 @@ BACKENDS = ("auto", "native", "reference")
 
 
 @dataclass(frozen=True)
-class Served:
-    """What serves: a loaded library, or the reference path (``module`` None), and why.
+class Backend:
+    """A loaded library, or the reference path (``module`` None), and why it was chosen.
 
-    For CUDA tensors ``module`` is the extension too, and ``library`` the one that it has opened.
+    For CUDA tensors ``module`` is the extension too, and ``library`` the CUDA library that it has opened.
     """
 
     module: ModuleType | None
@@ -37,23 +37,23 @@ class Served:
     failure: BuildError | None = None
 
 
-_served = None  # settled by the first use
-_served_cuda = None  # settled by the first CUDA tensor
+_cpu_backend = None  # decided by the first use
+_cuda_backend = None  # decided by the first CUDA tensor
 _lock = threading.Lock()
 
 
 def module():
-    """The compiled extension module, or None where the reference path serves. The first call may compile.
+    """The compiled extension module, or None where the reference path runs. The first call may compile.
 
     Raises:
         ValueError: ``FASTOPT_BACKEND`` is unknown.
         RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
     """
-    served = _served or _settle()
-    failure = served.failure
-    if failure is not None and wanted_backend() == "native":
+    backend = _cpu_backend or _resolve()
+    failure = backend.failure
+    if failure is not None and requested_backend() == "native":
         raise RuntimeError(f"FASTOPT_BACKEND=native, but the kernels cannot be used: {failure}") from failure
-    return served.module
+    return backend.module
 
 
 def empty_cache():
@@ -64,22 +64,22 @@ def empty_cache():
     Returns:
         Bytes that were freed.
     """
-    served = _served
-    return served.module.empty_cache() if served is not None and served.module is not None else 0
+    backend = _cpu_backend
+    return backend.module.empty_cache() if backend is not None and backend.module is not None else 0
 
 
 def cuda():
-    """Whether kernels serve CUDA tensors. The first call, for the first CUDA tensor, may compile.
+    """True if our kernels run for CUDA tensors. The first call, for the first CUDA tensor, may compile.
 
     Raises:
         ValueError: ``FASTOPT_BACKEND`` or ``FASTOPT_CUDA`` is unknown.
         RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
     """
-    served = _served_cuda or _settle_cuda()
-    failure = served.failure
-    if failure is not None and wanted_backend() == "native":
+    backend = _cuda_backend or _resolve_cuda()
+    failure = backend.failure
+    if failure is not None and requested_backend() == "native":
         raise RuntimeError(f"FASTOPT_BACKEND=native, but the CUDA kernels cannot be used: {failure}") from failure
-    return served.module is not None
+    return backend.module is not None
 
 
 def build(verbose=False):
@@ -94,58 +94,58 @@ def build(verbose=False):
         Path of the library with the CPU kernels.
 
     Raises:
-        RuntimeError: one cannot be built; the message says why and what to install.
+        RuntimeError: one cannot be built; the message has the cause and what to install.
     """
-    global _served
+    global _cpu_backend
     with _lock:
         try:
-            library = _find() or _jit.compile(_kind(), verbose)
+            library = _find() or _jit.compile(_target(), verbose)
         except BuildError as error:
             raise RuntimeError(f"fastopt cannot be built: {error}") from error
-        if _served is not None and _served.failure is not None:
-            _served = None  # what failed before is tried again
+        if _cpu_backend is not None and _cpu_backend.failure is not None:
+            _cpu_backend = None  # what failed before is tried again
     build_cuda(verbose)
     return library
 
 
 def build_cuda(verbose=False):
-    """The part of :func:`build` for CUDA: path of the library, or None where none is wanted."""
-    global _served_cuda
-    if not _build_cuda.is_wanted_for(torch.version.cuda):
+    """The part of :func:`build` for CUDA: path of the library, or None where it is not enabled."""
+    global _cuda_backend
+    if not _build_cuda.is_enabled_for(torch.version.cuda):
         return None
     with _lock:
         try:
             library = _native_cuda.find() or _native_cuda.compile(verbose)
         except BuildError as error:
-            if isinstance(error, _build_cuda.NoNvcc) and not _build_cuda.wanted():
+            if isinstance(error, _build_cuda.NoNvcc) and not _build_cuda.requested():
                 return None
             raise RuntimeError(f"the CUDA kernels cannot be built: {error}") from error
-        if _served_cuda is not None and _served_cuda.failure is not None:
-            _served_cuda = None
+        if _cuda_backend is not None and _cuda_backend.failure is not None:
+            _cuda_backend = None
     return library
 
 
 def info():
-    """What serves the kernels and why, as a dict. Loads a library that is there; never compiles one."""
-    served = _served or _peek()
-    compiled = served is not None and served.module is not None
-    instruction_set = served.module.instruction_set() if compiled else None
+    """Report on the kernels in use, and why these, as a dict. Loads a library that exists; never compiles one."""
+    backend = _cpu_backend or _existing_backend()
+    compiled = backend is not None and backend.module is not None
+    instruction_set = backend.module.instruction_set() if compiled else None
     try:
         compiler = str(_build.find_compiler())
     except BuildError as error:
         compiler = error.reason
-    if served is None:
-        backend, reason = "not built yet", "the first use of a kernel, or python -m fastopt build, compiles the library"
+    if backend is None:
+        name, reason = "not built yet", "the first use of a kernel, or python -m fastopt build, compiles the library"
     else:
-        fallback = "none" if served.failure and wanted_backend() == "native" else "reference"
-        backend, reason = f"native-cpu-{instruction_set}" if compiled else fallback, served.reason
-    cuda, cuda_library = _info_of_cuda(served)
+        fallback = "none" if backend.failure and requested_backend() == "native" else "reference"
+        name, reason = f"native-cpu-{instruction_set}" if compiled else fallback, backend.reason
+    cuda, cuda_library = _info_of_cuda(backend)
     return {
         "version": sys.modules[__package__].__version__,
-        "backend": backend,
+        "backend": name,
         "reason": reason,
-        "library": str(served.library) if compiled else None,
-        "built_for_torch": _jit.read_identity(served.library).get("torch") if compiled else None,
+        "library": str(backend.library) if compiled else None,
+        "built_for_torch": _jit.read_identity(backend.library).get("torch") if compiled else None,
         "torch": str(torch.__version__),
         "instruction_set": instruction_set,
         "cuda": cuda,
@@ -157,8 +157,8 @@ def info():
     }
 
 
-def wanted_backend():
-    """What ``FASTOPT_BACKEND`` asks for.
+def requested_backend():
+    """The value of ``FASTOPT_BACKEND``.
 
     Raises:
         ValueError: it is unknown.
@@ -169,58 +169,58 @@ def wanted_backend():
     return backend
 
 
-def _settle():
-    """Decide what serves this process; compile if there is nothing to load; warn, once, if that fails."""
-    global _served
-    backend = wanted_backend()
+def _resolve():
+    """Choose the backend of this process; compile if there is nothing to load; warn, once, if that fails."""
+    global _cpu_backend
+    requested = requested_backend()
     with _lock:
-        if _served is not None:
-            return _served
+        if _cpu_backend is not None:
+            return _cpu_backend
         try:
-            served = _reference() if backend == "reference" else _load(_find() or _jit.compile(_kind()))
+            backend = _reference() if requested == "reference" else _load(_find() or _jit.compile(_target()))
         except BuildError as error:
-            served = Served(None, str(error), failure=error)
-        _served = served
-    if served.failure is not None and backend == "auto":
-        message = f"fastopt runs its slower pure-Python path: {served.failure}"
+            backend = Backend(None, str(error), failure=error)
+        _cpu_backend = backend
+    if backend.failure is not None and requested == "auto":
+        message = f"fastopt runs its slower pure-Python path: {backend.failure}"
         warnings.warn(f"{message} (FASTOPT_BACKEND=reference silences this)", RuntimeWarning, stacklevel=3)
-    return served
+    return backend
 
 
-def _peek():
-    """What would serve, or None if that would have to be compiled first."""
-    global _served
-    if wanted_backend() == "reference":
+def _existing_backend():
+    """The backend of this process, or None if it would have to be compiled first."""
+    global _cpu_backend
+    if requested_backend() == "reference":
         return _reference()
     with _lock:
-        if _served is None:
+        if _cpu_backend is None:
             try:
                 library = _find()
                 if library is None:
                     return None
-                _served = _load(library)
+                _cpu_backend = _load(library)
             except BuildError as error:
-                return Served(None, str(error), failure=error)
-        return _served
+                return Backend(None, str(error), failure=error)
+        return _cpu_backend
 
 
 def _reference():
-    return Served(None, "FASTOPT_BACKEND=reference")
+    return Backend(None, "FASTOPT_BACKEND=reference")
 
 
 def _installed():
-    """Where installation leaves a library that it compiled."""
+    """Path of the library that installation compiles."""
     return _build.HERE / _build.CpuLibrary.filename
 
 
-def _kind():
-    _jit.file_locks()  # before a compiler is asked for, which would be of no use without them
+def _target():
+    _jit.file_locks()  # before a compiler is asked for, which is useless without them
     return _build.CpuLibrary(_build.find_compiler())
 
 
 def _find():
-    """A library that fits this process, or None."""
-    return _installed() if _jit.fits(_installed(), _build.identity()) else _jit.cached(_kind())
+    """A library that matches this process, or None."""
+    return _installed() if _jit.matches(_installed(), _build.identity()) else _jit.cached(_target())
 
 
 def _load(library):
@@ -235,7 +235,7 @@ def _load(library):
             raise BuildError(f"{library} cannot be loaded: {error}", "delete it and try again") from error
         sys.modules["fastopt._C"] = loaded
     library = Path(loaded.__file__)
-    return Served(loaded, _how_compiled(library), library)
+    return Backend(loaded, _how_compiled(library), library)
 
 
 def _how_compiled(library):
@@ -248,75 +248,79 @@ def _how_compiled(library):
     return f"compiled just in time: the library from installation differs in {', '.join(differs)}"
 
 
-def _settle_cuda():
-    """Decide what serves CUDA tensors in this process; compile if need be; warn, once, if that fails."""
-    global _served_cuda
-    backend, extension = wanted_backend(), None if torch.version.hip else module()
+def _resolve_cuda():
+    """Choose the backend of CUDA tensors in this process; compile if need be; warn, once, if that fails."""
+    global _cuda_backend
+    requested, extension = requested_backend(), None if torch.version.hip else module()
     with _lock:
-        if _served_cuda is not None:
-            return _served_cuda
+        if _cuda_backend is not None:
+            return _cuda_backend
         try:
-            served = _without_cuda(extension is not None) or _load_cuda(
+            backend = _without_cuda(extension is not None) or _load_cuda(
                 extension, _native_cuda.find() or _native_cuda.compile()
             )
         except BuildError as error:
-            served = Served(None, str(error), failure=error)
-        _served_cuda = served
-    if served.failure is not None and backend == "auto":
-        message = f"fastopt has no kernels for CUDA tensors here, torch's own serve them: {served.failure}"
+            backend = Backend(None, str(error), failure=error)
+        _cuda_backend = backend
+    if backend.failure is not None and requested == "auto":
+        message = f"fastopt has no kernels for CUDA tensors here, torch's own serve them: {backend.failure}"
         warnings.warn(f"{message} (FASTOPT_CUDA=0 silences this)", RuntimeWarning, stacklevel=3)
-    return served
+    return backend
 
 
 def _without_cuda(has_extension):
-    """What serves where kernels for CUDA are not even looked for, or None."""
-    if wanted_backend() == "reference":
+    """The backend where kernels for CUDA are not even looked for, or None."""
+    if requested_backend() == "reference":
         return _reference()
     if torch.version.hip:
-        return Served(None, "this torch is for ROCm, and the kernels are for CUDA")
-    if _build_cuda.wanted() is False:
-        return Served(None, "FASTOPT_CUDA=0")
+        return Backend(None, "this torch is for ROCm, and the kernels are for CUDA")
+    if _build_cuda.requested() is False:
+        return Backend(None, "FASTOPT_CUDA=0")
     if not has_extension:  # of which the user has been warned
-        return Served(None, "the library that would open the kernels cannot be used")
+        return Backend(None, "the library that would open the kernels cannot be used")
     return None
 
 
 def _load_cuda(extension, library):
     _native_cuda.open_with(extension, library)
-    return Served(extension, _native_cuda.how_compiled(library), library)
+    return Backend(extension, _native_cuda.how_compiled(library), library)
 
 
-def _peek_cuda(extension):
-    """What would serve CUDA tensors if one came, or None if that must be looked for or compiled first."""
-    global _served_cuda
-    if torch.version.cuda is None and not _build_cuda.wanted():
-        return Served(None, "this torch is built without CUDA")
+def _existing_cuda_backend(extension):
+    """The backend of CUDA tensors, or None if it must be looked for or compiled first."""
+    global _cuda_backend
+    if torch.version.cuda is None and not _build_cuda.requested():
+        return Backend(None, "this torch is built without CUDA")
     if extension is None or not torch.cuda.is_initialized():  # which would take memory of every GPU
         return None
     with _lock:
-        if _served_cuda is None:
+        if _cuda_backend is None:
             library = _native_cuda.find()
-            _served_cuda = _load_cuda(extension, library) if library else None
-        return _served_cuda
+            _cuda_backend = _load_cuda(extension, library) if library else None
+        return _cuda_backend
 
 
-def _info_of_cuda(served):
-    """A line about CUDA tensors, and the library with their kernels if one is found."""
-    extension = served.module if served else None
+def _info_of_cuda(backend):
+    """The status line of CUDA, and the CUDA library if one is found."""
+    extension = backend.module if backend else None
     library = None
     try:
-        cuda = _served_cuda or _without_cuda(served is None or extension is not None) or _peek_cuda(extension)
+        cuda = (
+            _cuda_backend
+            or _without_cuda(backend is None or extension is not None)
+            or _existing_cuda_backend(extension)
+        )
         if cuda is None:
-            will, library = _native_cuda.outlook()
+            future, library = _native_cuda.status()
     except BuildError as error:
-        cuda = Served(None, str(error))
+        cuda = Backend(None, str(error))
     if cuda is None:
-        line = f"not looked at yet: {will}"
+        line = f"not looked at yet: {future}"
     elif cuda.module is None:
         line = f"none: {cuda.reason}"
     else:
         library = cuda.library
-        line = f"native-cuda: {_native_cuda.serves(library)}, {cuda.reason}"
+        line = f"native-cuda: {_native_cuda.names_of_gpus(library)}, {cuda.reason}"
     return " ".join(line.split()), library
 
 
@@ -325,12 +329,12 @@ def _after_fork_in_child():
     global _lock
     _lock = threading.Lock()
     _jit.close_locks_after_fork()
-    _build.spawning.release()
+    _build.spawn_lock.release()
 
 
 if hasattr(os, "register_at_fork"):  # Windows does not fork
     os.register_at_fork(
-        before=_build.spawning.acquire,
-        after_in_parent=_build.spawning.release,
+        before=_build.spawn_lock.acquire,
+        after_in_parent=_build.spawn_lock.release,
         after_in_child=_after_fork_in_child,
     )

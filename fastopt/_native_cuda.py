@@ -6,7 +6,7 @@ from . import _build, _build_cuda, _jit
 from ._build import BuildError
 from ._build_cuda import CudaLibrary
 
-INSTALLED = _build.HERE / CudaLibrary.filename  # where installation leaves it
+INSTALLED = _build.HERE / CudaLibrary.filename  # compiled by installation
 
 
 def gpus():
@@ -20,33 +20,33 @@ def archs(library):
 
 
 def installed():
-    """The library that installation compiled, if it fits these sources and is whole, or None."""
-    return INSTALLED if _jit.is_whole(INSTALLED, _build_cuda.identity()) else None
+    """The library that installation compiled, if it matches these sources and is intact, or None."""
+    return INSTALLED if _jit.is_intact(INSTALLED, _build_cuda.identity()) else None
 
 
 def find():
-    """A library that serves the GPUs here, or None.
+    """A library that supports the GPUs here, or None.
 
     Raises:
-        BuildError: installation left none, and there is no nvcc, which names the cache's entry.
+        BuildError: installation left none, and there is no nvcc, whose version selects the cache entry.
     """
     library = installed()
-    if library is not None and not _build_cuda.left_out(archs(library), gpus()):
+    if library is not None and not _build_cuda.unsupported_gpus(archs(library), gpus()):
         return library
-    kinds = _kind(gpus()), _kind(())
-    return next(filter(None, map(_jit.cached, kinds)), None)
+    targets = _target(gpus()), _target(())
+    return next(filter(None, map(_jit.cached, targets)), None)
 
 
 def compile(verbose=False):
     """Path of the library, compiled just in time for the GPUs here, or for any if there are none."""
-    return _jit.compile(_kind(gpus()), verbose)
+    return _jit.compile(_target(gpus()), verbose)
 
 
 def open_with(extension, library):
-    """Have the extension open a library; from then on its kernels serve CUDA tensors.
+    """Have the extension open a library; from then on its kernels run for CUDA tensors.
 
     Raises:
-        BuildError: it cannot be opened, or the driver does not serve it.
+        BuildError: it cannot be opened, or the driver is too old for it.
     """
     try:
         extension.load_cuda(str(library))
@@ -57,8 +57,8 @@ def open_with(extension, library):
         raise BuildError(str(error).partition("\n")[0], remedy) from error
 
 
-def serves(library):
-    """The GPUs here, or what the library is compiled for if there are none."""
+def names_of_gpus(library):
+    """The GPUs here, such as sm_90, or the library's architectures if there are none."""
     return ", ".join([f"sm_{major}{minor}" for major, minor in gpus()] or archs(library))
 
 
@@ -69,20 +69,20 @@ def how_compiled(library):
     return "compiled just in time" + (f": installation could not: {failure}" if failure else "")
 
 
-def outlook():
-    """What the first CUDA tensor will do, and the library from installation that it will find, or None.
+def status():
+    """What happens at the first CUDA tensor, and the library from installation that it will open, or None.
 
     Raises:
-        BuildError: it will do nothing, for there is no library and no nvcc.
+        BuildError: nothing happens, for there is no library and no nvcc.
     """
     library = installed()
     if library is not None:
         return "the first CUDA tensor opens the library from installation", library
-    will = f"the first CUDA tensor, or python -m fastopt build, finds or compiles them with {_build_cuda.find_nvcc()}"
+    future = f"the first CUDA tensor, or python -m fastopt build, finds or compiles them with {_build_cuda.find_nvcc()}"
     failure = _jit.read_identity(INSTALLED).get("failure")
-    return will + (f"; installation could not: {failure}" if failure else ""), None
+    return future + (f"; installation could not: {failure}" if failure else ""), None
 
 
-def _kind(for_gpus):
+def _target(for_gpus):
     nvcc = _build_cuda.find_nvcc()
     return CudaLibrary(nvcc, tuple(_build_cuda.architectures(nvcc, for_gpus)))

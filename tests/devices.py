@@ -1,6 +1,6 @@
-"""Where the tables of tests run: on the CPU, through the CUDA kernels on the CPU (the shim), and on a GPU.
+"""Devices that the tables of tests run on: the CPU, the CUDA kernels on the CPU (the shim), and a GPU.
 
-A module that sets ``RUNS_ON`` has all its tests run on each of those that is there.
+The tests of a module that sets ``RUNS_ON`` run on each of those that is available.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ def current():
 
 
 def is_gpu():
-    """Whether the CUDA kernels serve, on a GPU or in its stead."""
+    """True if the CUDA kernels run, on a GPU or through the shim."""
     return _current != CPU
 
 
 def params(names):
-    """Parameters of the fixture ``device``; what is not there is left out, or skipped if that should be seen."""
+    """Parameters of the fixture ``device``; a GPU that is not there is left out."""
     marks = {CPU: [], SHIM_DEVICE: [pytest.mark.native, pytest.mark.shim], CUDA: [pytest.mark.native, pytest.mark.cuda]}
     wanted = [name for name in names if name != CUDA or torch.cuda.is_available()]
     return [pytest.param(name, marks=marks[name]) for name in wanted]
@@ -45,7 +45,7 @@ def params(names):
 
 @contextlib.contextmanager
 def running_on(name):
-    """Tensors that tests make go to this device's kernels."""
+    """Tests run with this device as the default, on its CUDA kernels if it has any."""
     global _current
     if name == SHIM_DEVICE:
         if CXX is None:

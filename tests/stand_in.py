@@ -39,7 +39,7 @@ USE_CUDA = """
     print({_native.cuda() for _ in range(3)})
 """
 
-# Says of itself what nvcc says, writes down its arguments, and has c++ compile.
+# Prints what nvcc prints about itself, logs its arguments, and compiles with c++.
 FAKE_NVCC = """
 case "$1" in
   --version) echo 'Cuda compilation tools, release 13.0, V13.0.88'; exit ;;
@@ -59,7 +59,7 @@ DAMAGES = ("truncated", "garbage", "no library", "no identity", "bad identity")
 
 
 def do_damage(damage, library, identity):
-    """Leave a cached library, or the file that says what it was built from, as no build leaves them."""
+    """Damage a cached library or its identity file."""
     if damage == "truncated":
         os.truncate(library, library.stat().st_size // 2)
     elif damage == "garbage":
@@ -166,8 +166,8 @@ class Package:
         return library
 
 
-class Holding:
-    """Equal to a text that holds each of some words."""
+class Containing:
+    """Equal to any text that contains all of the words."""
 
     def __init__(self, *words):
         self.words = words
@@ -176,7 +176,7 @@ class Holding:
         return all(word in text for word in self.words)
 
     def __repr__(self):
-        return f"text holding {self.words}"
+        return f"text containing {self.words}"
 
 
 def script(path, body):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Holding, assert_one_warning, do_damage, script
+from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Containing, assert_one_warning, do_damage, script
 
 # First use
 
@@ -51,7 +51,7 @@ def test_build_compiles_and_gives_the_path_of_the_library(package):
 def test_changed_sources_are_compiled_anew(copied):
     header = copied.root / "csrc/common.h"
     header.write_text("// a header counts as much as a source\n")
-    assert copied.run() == ("native-cpu-baseline", Holding("compiling", "compiled in"))
+    assert copied.run() == ("native-cpu-baseline", Containing("compiling", "compiled in"))
 
 
 # Processes
@@ -111,7 +111,7 @@ def test_forks_during_a_build_do_not_deadlock(package):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_compiled_anew(copied, damage):
     do_damage(damage, copied.library(), copied.entry() / "_C.json")
-    assert copied.run() == ("native-cpu-baseline", Holding("compiled in"))
+    assert copied.run() == ("native-cpu-baseline", Containing("compiled in"))
     assert copied.run() == ("native-cpu-baseline", "")
 
 

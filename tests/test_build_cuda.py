@@ -10,9 +10,9 @@ import pytest
 
 from fastopt import _build_cuda
 from fastopt._build import BuildError
-from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Holding, assert_one_warning, do_damage
+from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Containing, assert_one_warning, do_damage
 
-COMPILED = Holding("compiling the CUDA kernels", "compiled in")
+COMPILED = Containing("compiling the CUDA kernels", "compiled in")
 INFO = """
     from fastopt import _native
     print(_native.info()["cuda"])
@@ -52,7 +52,7 @@ def install(package):
 
 def architectures(monkeypatch, listed="", gpus=(), known=(75, 80, 86, 89, 90, 100, 103, 120)):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    return _build_cuda.architectures(SimpleNamespace(known=lambda: list(known)), gpus)
+    return _build_cuda.architectures(SimpleNamespace(known_architectures=lambda: list(known)), gpus)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_gpu_older_than_nvcc_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("archs", "gpu", "serves"),
+    ("archs", "gpu", "supported"),
     [
         ("sm_90", (9, 0), True),
         ("sm_80", (8, 6), True),
@@ -122,8 +122,8 @@ def test_gpu_older_than_nvcc_is_an_error(monkeypatch):
         ("sm_100", (12, 0), False),
     ],
 )
-def test_machine_code_serves_its_major_version_and_ptx_whatever_is_newer(archs, gpu, serves):
-    assert _build_cuda.left_out(archs.split(), [gpu]) == ([] if serves else [f"sm_{gpu[0]}{gpu[1]}"])
+def test_machine_code_runs_on_its_major_version_and_ptx_on_all_that_is_newer(archs, gpu, supported):
+    assert _build_cuda.unsupported_gpus(archs.split(), [gpu]) == ([] if supported else [f"sm_{gpu[0]}{gpu[1]}"])
 
 
 # nvcc
@@ -167,12 +167,12 @@ def test_broken_nvcc_is_passed_over_or_named(cuda, body):
     assert cuda.run_cuda() == ("{True}", COMPILED)
 
 
-@pytest.mark.parametrize(("version", "serves"), [("11.8.89", False), ("12.0.140", False), ("12.1.66", True)])
-def test_nvcc_that_is_too_old_is_passed_over_or_named(cuda, version, serves):
+@pytest.mark.parametrize(("version", "supported"), [("11.8.89", False), ("12.0.140", False), ("12.1.66", True)])
+def test_nvcc_that_is_too_old_is_passed_over_or_named(cuda, version, supported):
     old = cuda.add_nvcc("bin", FAKE_NVCC.replace("V13.0.88", f"V{version}"))
     out, err = cuda.run_cuda()
-    assert out == f"{{{serves}}}"
-    if not serves:
+    assert out == f"{{{supported}}}"
+    if not supported:
         assert_one_warning(err, f"nvcc {version} ({old}) is too old: the kernels need 12.1 or later", "pip install")
         newer = cuda.add_nvcc("usual/bin")
         assert cuda.run_cuda(WHICH)[0].split()[0] == newer
@@ -193,7 +193,7 @@ def test_toolkit_is_advised_where_pip_has_no_nvcc(cuda):
 
 
 @pytest.mark.parametrize(
-    ("says", "words"),
+    ("printed", "words"),
     [
         ("kernels.cu(7): error: expected a ';'", ["expected a ';'", "--verbose"]),
         ("#error -- unsupported GNU version! gcc versions later than 15", ["unsupported GNU version", "NVCC_CCBIN"]),
@@ -203,8 +203,8 @@ def test_toolkit_is_advised_where_pip_has_no_nvcc(cuda):
         ("error writing: No space left on device", ["FASTOPT_CACHE_DIR"]),
     ],
 )
-def test_failure_of_nvcc_is_quoted_in_the_warning(cuda, says, words):
-    cuda.add_nvcc("bin", FAKE_NVCC.replace("exec c++ -fPIC", f'echo "{says}" >&2; exit 2; exec c++'))
+def test_failure_of_nvcc_is_quoted_in_the_warning(cuda, printed, words):
+    cuda.add_nvcc("bin", FAKE_NVCC.replace("exec c++ -fPIC", f'echo "{printed}" >&2; exit 2; exec c++'))
     out, err = cuda.run_cuda()
     assert out == "{False}"
     assert_one_warning(err, "nvcc 13.0.88", *words)
@@ -231,7 +231,7 @@ def test_first_cuda_tensor_compiles_for_the_gpus_here_once(compiled):
     assert len(compiled.nvcc_calls()) == 3
 
 
-def test_identity_says_what_the_library_was_built_from(compiled):
+def test_identity_file_records_sources_nvcc_and_architectures(compiled):
     identity = json.loads(compiled.cuda_library().with_name("_cuda.json").read_text())
     assert identity.keys() == {"cuda_sources", "nvcc", "archs", "sha256"}
     assert (identity["nvcc"], identity["archs"]) == ("13.0.88", ["sm_90"])
@@ -292,11 +292,11 @@ def test_threads_and_processes_compile_once(with_nvcc):
     assert err.count("compiled in") == 1
 
 
-# What the environment asks
+# Environment variables
 
 
 @pytest.mark.parametrize("env", [{"FASTOPT_CUDA": "0"}, {"FASTOPT_BACKEND": "reference"}])
-def test_kernels_that_are_not_asked_for_are_not_compiled(with_nvcc, env):
+def test_kernels_that_are_not_requested_are_not_compiled(with_nvcc, env):
     assert with_nvcc.run_cuda(**env) == ("{False}", "")
     assert with_nvcc.nvcc_calls() == []
 
@@ -394,7 +394,7 @@ def test_cuda_library_from_installation_that_does_not_fit_is_not_opened(compiled
         ({"PATH": "/nonexistent", "CXX": shutil.which("c++")}, "none: nvcc not found; pip install 'nvidia-cuda-nvcc"),
     ],
 )
-def test_info_says_what_would_serve_cuda_tensors(with_nvcc, arguments, line):
+def test_info_reports_what_will_run_for_cuda_tensors(with_nvcc, arguments, line):
     out, err = with_nvcc.run_cuda(INFO, **arguments)
     assert out.startswith(line)
     assert err == ""

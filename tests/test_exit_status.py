@@ -1,4 +1,4 @@
-"""``python -m fastopt``: what each exit status means, and that bad input is one line."""
+"""``python -m fastopt``: the meaning of each exit status; bad input is reported in one line."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ COMMAND_LINES = {"info": ["info"], "info --json": ["info", "--json"], "build": [
 
 @pytest.fixture(autouse=True)
 def no_variables(tmp_path, monkeypatch):
-    """None of the variables is set, a file is at hand, and digits are few."""
+    """None of the variables is set, a file exists, and the data set is small."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -123,7 +123,7 @@ def test_file_that_stops_being_writable_is_bad_input(monkeypatch, tmp_path, caps
     assert "No such file or directory: 'folder/file" in capsys.readouterr().err
 
 
-# Kernels that are asked for and cannot be had.
+# Kernels that are requested and not available.
 
 
 def without_kernels(monkeypatch, error):
@@ -132,9 +132,9 @@ def without_kernels(monkeypatch, error):
     def compile(*arguments):
         raise error
 
-    monkeypatch.setattr(_native, "_served", None)
+    monkeypatch.setattr(_native, "_cpu_backend", None)
     monkeypatch.setattr(_native, "_find", lambda: None)
-    monkeypatch.setattr(_native, "_kind", lambda: None)
+    monkeypatch.setattr(_native, "_target", lambda: None)
     monkeypatch.setattr(_native._jit, "compile", compile)
 
 
@@ -150,11 +150,11 @@ def test_kernels_that_cannot_be_built_are_one_line(command_line, kind, status, m
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_info_of_kernels_that_are_asked_for_and_cannot_be_loaded_tells_and_fails(arguments, monkeypatch, capsys):
+def test_info_of_requested_kernels_that_cannot_be_loaded_reports_and_fails(arguments, monkeypatch, capsys):
     def broken():
         raise BuildError("the library is broken", "delete it")
 
-    monkeypatch.setattr(_native, "_served", None)
+    monkeypatch.setattr(_native, "_cpu_backend", None)
     monkeypatch.setattr(_native, "_find", broken)
     assert main(["info", *arguments]) == 0
     assert "reference" in capsys.readouterr().out
@@ -175,7 +175,7 @@ def test_info_of_kernels_that_are_asked_for_and_cannot_be_loaded_tells_and_fails
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_crashes_shows_its_traceback_and_is_no_answer(name, raised, status, monkeypatch, capsys):
+def test_crash_shows_its_traceback_and_is_status_3(name, raised, status, monkeypatch, capsys):
     def crash(args, parser):
         raise raised
 
@@ -185,7 +185,7 @@ def test_what_crashes_shows_its_traceback_and_is_no_answer(name, raised, status,
     assert ("Traceback" in err and f"{type(raised).__name__}: a fault" in err) == (status == 3)
 
 
-def test_command_that_cannot_be_imported_is_no_answer(monkeypatch, capsys):
+def test_command_that_cannot_be_imported_is_status_3(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastopt.bench.cli", None)
     monkeypatch.delattr(fastopt.bench, "cli", raising=False)
     assert main(["info"]) == 3
@@ -193,7 +193,7 @@ def test_command_that_cannot_be_imported_is_no_answer(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the shell's pipes are POSIX's")
-def test_reader_that_has_enough_sees_no_traceback():
+def test_closed_stdout_shows_no_traceback():
     paths = [str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     read, write = os.pipe()
@@ -205,7 +205,7 @@ def test_reader_that_has_enough_sees_no_traceback():
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-# Answers.
+# Results of the commands.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_reader_that_has_enough_sees_no_traceback():
         (dict(status="not run", reason="its process ended with status -11"), 3),
     ],
 )
-def test_benchmark_of_wrong_results_answers_no_and_a_crash_is_no_answer(ours, status, monkeypatch):
+def test_benchmark_of_wrong_results_is_status_1_and_of_a_crash_3(ours, status, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda case, settings: result(case.name, **ours))
     assert main(BENCH) == status
 
@@ -297,7 +297,7 @@ def test_digits_that_cannot_be_fetched_are_no_bad_input(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["bench", "compare"], ["bench", "table"]])
-def test_help_states_what_exit_statuses_mean(command, capsys):
+def test_help_states_the_meaning_of_exit_statuses(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main([*command, "--help"])
     assert exited.value.code == 0
