@@ -10,9 +10,9 @@ import torch
 
 import fastopt
 
-from . import _environment, _native
 from ._arguments import EXIT_STATUS
-from ._build import BadVariable, BuildError
+from ._build import environment, native
+from ._build.commands import BadVariable, BuildError
 
 PROG = "python -m fastopt"
 
@@ -24,7 +24,7 @@ def main(argv=None):
         args = _parser().parse_args(argv)
         prog = args.command_parser.prog
         try:
-            _environment.check()
+            environment.check()
         except ValueError as error:
             return _fail(prog, error, 2)
         status = args.run(args, args.command_parser)
@@ -118,7 +118,7 @@ def _build_arguments(parser):
 def _build(args, parser):
     try:
         print(fastopt.build(verbose=args.verbose))
-        cuda_library = _native.build_cuda()
+        cuda_library = native.build_cuda()
     except RuntimeError as error:
         return _no_kernels(parser.prog, error)
     if cuda_library is not None:

@@ -27,21 +27,21 @@ def test_first_use_compiles_and_says_so_once(package):
 
 
 def test_info_reports_without_compiling(package):
-    out, err = package.run("from fastopt import _native; print(_native.info())")
+    out, err = package.run("from fastopt._build import native; print(native.info())")
     assert "'backend': 'not built yet'" in out
     assert err == ""
     assert not package.cache.exists()
 
 
 def test_info_loads_a_library_that_is_there(copied):
-    out, err = copied.run("from fastopt import _native; print(_native.info())")
+    out, err = copied.run("from fastopt._build import native; print(native.info())")
     assert "'backend': 'native-cpu-baseline'" in out
     assert str(copied.cache) in out
     assert err == ""
 
 
 def test_build_compiles_and_gives_the_path_of_the_library(package):
-    build = "from fastopt import _native; print(_native.build())"
+    build = "from fastopt._build import native; print(native.build())"
     out, err = package.run(build)
     assert out == str(package.library())
     assert "compiled in" in err
@@ -87,18 +87,18 @@ def test_forks_during_a_build_do_not_deadlock(package):
     out, err = package.run(
         """
         import os, sys, threading, time
-        from fastopt import _native
-        builder = threading.Thread(target=_native.module)
+        from fastopt._build import cache, native
+        builder = threading.Thread(target=native.module)
         builder.start()
-        while not _native._jit._lock_files: time.sleep(0.01)
+        while not cache._lock_files: time.sleep(0.01)
         children = []
         for _ in range(20):
             children.append(os.fork())
             if children[-1] == 0:
-                os._exit(0 if _native.module() is not None else 1)
+                os._exit(0 if native.module() is not None else 1)
             time.sleep(0.01)
         builder.join()
-        print({os.waitpid(child, 0)[1] for child in children}, _native.module() is not None)
+        print({os.waitpid(child, 0)[1] for child in children}, native.module() is not None)
         """
     )
     assert out == "{0} True"
@@ -202,7 +202,7 @@ def test_missing_ninja_leads_to_the_reference_path(package, tmp_path):
 
 
 def test_build_raises_where_it_cannot(package):
-    _, err = package.run("from fastopt import _native; _native.build()", CXX="/nonexistent/c++")
+    _, err = package.run("from fastopt._build import native; native.build()", CXX="/nonexistent/c++")
     assert "RuntimeError: fastopt cannot be built: the C++ compiler CXX=/nonexistent/c++" in err
 
 

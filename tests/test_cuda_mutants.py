@@ -173,7 +173,7 @@ import fastopt
 from loss_cases import loss_and_grad, make_values, truth_of
 from optim_cases import make_params, set_grads
 
-fastopt._native.module().load_host_shim(sys.argv[1])
+fastopt._build.native.module().load_host_shim(sys.argv[1])
 shim = ctypes.CDLL(sys.argv[1])
 for seed in (-1, 0, 1, 2):
     shim.fastopt_shim_seed(ctypes.c_longlong(seed))

@@ -9,9 +9,9 @@ import pytest
 
 import fastopt
 from bench_results import result
-from fastopt import _build_cuda, _environment, _native
 from fastopt.__main__ import COMMANDS, main
-from fastopt._build import BadVariable, BuildError
+from fastopt._build import architectures, environment, native
+from fastopt._build.commands import BadVariable, BuildError
 from fastopt.bench import runner
 from fastopt.demo import data, glyphs, parity
 
@@ -78,7 +78,7 @@ GOOD_VARIABLES = [
     *((name, value) for name in ("FASTOPT_CUDA", "FASTOPT_WERROR") for value in ("", "0", "1")),
     *(("MAX_JOBS", value) for value in ("", "0", "1", "64")),
     *(("TORCH_CUDA_ARCH_LIST", value) for value in ("", " ", "native", "9.0", "8.0;9.0a+PTX", "7.0 8.6", "10.0f")),
-    *(("TORCH_CUDA_ARCH_LIST", name) for name in _build_cuda.NAMED),
+    *(("TORCH_CUDA_ARCH_LIST", name) for name in architectures.NAMED),
     *(("FASTOPT_CACHE_DIR", value) for value in ("", ".", "absent", "absent/too", "~/absent")),
     ("XDG_CACHE_HOME", "absent"),
     *(("CXX", value) for value in ("", "absent", "/usr/bin/absent")),
@@ -88,14 +88,14 @@ GOOD_VARIABLES = [
 @pytest.mark.parametrize(("name", "value"), GOOD_VARIABLES)
 def test_good_variables_pass(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    _environment.check()
+    environment.check()
 
 
 def test_cache_in_a_home_that_is_a_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     message = "FASTOPT_CACHE_DIR must name a directory, or a path at which one can be made, got '.*file/.cache/fastopt'"
     with pytest.raises(ValueError, match=message):
-        _environment.check()
+        environment.check()
 
 
 def test_variable_of_the_data_is_named(monkeypatch, capsys):
@@ -132,10 +132,9 @@ def without_kernels(monkeypatch, error):
     def compile(*arguments):
         raise error
 
-    monkeypatch.setattr(_native, "_cpu_backend", None)
-    monkeypatch.setattr(_native, "_find", lambda: None)
-    monkeypatch.setattr(_native, "_target", lambda: None)
-    monkeypatch.setattr(_native._jit, "compile", compile)
+    monkeypatch.setattr(native.cpu_kernels, "backend", None)
+    monkeypatch.setattr(native.cpu_kernels, "find", lambda: None)
+    monkeypatch.setattr(native.cpu_kernels, "compile", compile)
 
 
 @pytest.mark.parametrize("command_line", [["build"], DEMO, BENCH], ids=["build", "demo", "bench"])
@@ -154,8 +153,8 @@ def test_info_of_requested_kernels_that_cannot_be_loaded_reports_and_fails(argum
     def broken():
         raise BuildError("the library is broken", "delete it")
 
-    monkeypatch.setattr(_native, "_cpu_backend", None)
-    monkeypatch.setattr(_native, "_find", broken)
+    monkeypatch.setattr(native.cpu_kernels, "backend", None)
+    monkeypatch.setattr(native.cpu_kernels, "find", broken)
     assert main(["info", *arguments]) == 0
     assert "reference" in capsys.readouterr().out
     monkeypatch.setenv("FASTOPT_BACKEND", "native")

@@ -133,11 +133,11 @@ def test_a_machine_is_described_without_posix(checkout):
 
 def test_a_cache_on_a_drive_that_is_not_there_is_named(monkeypatch):
     """As Z:\\ may be on Windows, where no folder above it exists either."""
-    from fastopt import _environment
+    from fastopt._build import environment
 
-    monkeypatch.setattr(_environment.os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(environment.os.path, "lexists", lambda path: False)
     with pytest.raises(ValueError, match="FASTOPT_CACHE_DIR must name a directory"):
-        _environment.check()
+        environment.check()
 
 
 @pytest.mark.parametrize("name", ["_C.so", "_C_stable.so", "_C.pyd", "_C_stable.pyd"])

@@ -5,13 +5,13 @@ import contextlib
 import torch
 from torch.overrides import TorchFunctionMode
 
-from .. import _native
+from .._build import native
 from .ordinary import has_ordinary_containers
 
 
 def large_states_in_huge_pages(optimizer):
     """A context in which torch makes states as ever, but large ones get memory of the library's."""
-    library = _native.module()
+    library = native.module()
     is_needed = (
         library is not None
         and has_ordinary_containers(optimizer)

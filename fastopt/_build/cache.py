@@ -1,11 +1,11 @@
 """The cache of libraries compiled just in time: find one, or compile it once while other processes wait.
 
-An entry belongs to one state of the sources and all that a library of its kind depends on: for the extension one torch,
+An entry belongs to one state of the sources and of all else that the library depends on: for the extension one torch,
 one Python ABI and one compiler, for the CUDA library one nvcc and some architectures. It is built in a folder of its
-own and moved into place, under a file lock that the kernel frees when its holder dies, so a killed build does no
-harm. A library is loaded only if its checksum matches: one cut short would not fail to load but crash.
+own and moved into place, under a file lock that the kernel frees when its holder dies, so a killed build does no harm.
+A library is loaded only if its checksum matches: one cut short would not fail to load but crash.
 
-The two targets are :class:`_build.CpuLibrary` and :class:`_build_cuda.CudaLibrary`.
+The targets are :class:`recipe.CpuLibrary` and :class:`cuda.CudaLibrary`.
 """
 
 import contextlib
@@ -19,23 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import _build
-from ._build import BuildError
+from . import identity
+from .commands import USE_WRITABLE_CACHE, BuildError
+from .environment import cache_dir
 
 _lock_files = set()  # open lock files; a forked child closes its copies
-
-
-def cache_dir():
-    """``$FASTOPT_CACHE_DIR``, else ``$XDG_CACHE_HOME/fastopt``, else ``~/.cache/fastopt``."""
-    named = os.environ.get("FASTOPT_CACHE_DIR")
-    folder = named or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastopt")
-    return Path(os.path.abspath(os.path.expanduser(folder)))
 
 
 def cached(target):
     """Path of the target's library if it is intact, or None."""
     library = _entry(target) / target.filename
-    return library if is_intact(library, target.identity()) else None
+    return library if identity.is_intact(library, target.identity()) else None
 
 
 def compile(target, verbose=False):
@@ -54,29 +48,23 @@ def compile(target, verbose=False):
         with _locked(entry / "lock"):
             return cached(target) or _compile_locked(entry, target, verbose)
     except OSError as error:
-        raise BuildError(
-            f"the cache {entry} cannot be written: {error.strerror or error}", _build.USE_WRITABLE_CACHE
-        ) from error
+        raise BuildError(f"the cache {entry} cannot be written: {error.strerror or error}", USE_WRITABLE_CACHE) from error
 
 
-def read_identity(library):
-    """The identity that a library was built with; empty if there is no readable one."""
+def file_locks():
+    """The module ``fcntl``, which only POSIX systems have.
+
+    Raises:
+        BuildError: this system does not.
+    """
     try:
-        found = json.loads(_build.identity_file(library).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def matches(library, identity):
-    """True if the library's identity file agrees with ``identity``."""
-    return read_identity(library).items() >= identity.items()
-
-
-def is_intact(library, identity):
-    """True if the library matches ``identity`` and has the checksum that its identity file records."""
-    checksum = read_identity(library).get("sha256")
-    return matches(library, identity) and checksum is not None and _build.sha256(library) == checksum
+        import fcntl
+    except ImportError:
+        raise BuildError(
+            f"no kernels are compiled on {platform.system()}, for want of POSIX file locks",
+            "Linux and macOS have them; here plain torch serves",
+        ) from None
+    return fcntl
 
 
 def close_locks_after_fork():
@@ -99,29 +87,13 @@ def _compile_locked(entry, target, verbose):
     with tempfile.TemporaryDirectory(prefix="build-", dir=entry, ignore_cleanup_errors=True) as work:
         library = target.compile(Path(work), verbose)
         if target.identity() != built_for:
-            raise BuildError(f"{_build.csrc()} changed during the build", "try again")
-        _build.write_identity(library, built_for, **target.details(), sha256=_build.sha256(library))
+            raise BuildError(f"{identity.csrc()} changed during the build", "try again")
+        identity.write(library, built_for, **target.details(), sha256=identity.sha256(library))
         os.replace(library, entry / library.name)
-        identity = _build.identity_file(library)
-        os.replace(identity, entry / identity.name)  # last, for it vouches for the library
+        file = identity.file_of(library)
+        os.replace(file, entry / file.name)  # last, for it vouches for the library
     _report(f"compiled in {time.monotonic() - started:.0f} s")
     return entry / target.filename
-
-
-def file_locks():
-    """The module ``fcntl``, which only POSIX systems have.
-
-    Raises:
-        BuildError: this system does not.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise BuildError(
-            f"no kernels are compiled on {platform.system()}, for want of POSIX file locks",
-            "Linux and macOS have them; here plain torch serves",
-        ) from None
-    return fcntl
 
 
 @contextlib.contextmanager
