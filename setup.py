@@ -63,8 +63,8 @@ def compiled_extension():
             super().run()
             library = Path(self.get_ext_fullpath("fastopt._C"))
             target = recipe.CpuLibrary(compiler)
-            identity.write(library, target.identity(), **target.details())
-            cuda.compile_at_installation(library.with_name(cuda.CudaLibrary.filename), Path(self.build_temp, "cuda"))
+            identity.write(library, {**target.identity(), **target.details()})
+            cuda.compile_at_installation(library.parent, Path(self.build_temp, "cuda"))
 
         def get_outputs(self):
             folder = Path(self.build_lib, "fastopt")

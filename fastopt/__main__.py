@@ -1,6 +1,7 @@
 """``python -m fastopt``: the demo, the benchmark, the state of the kernels here, and building them ahead of use."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -63,28 +64,13 @@ def _parser():
     return parser
 
 
-def _demo_arguments(parser):
-    from .demo import cli
+def _cli(package):
+    """A command's own functions, imported only when they are called: main() reports an import that fails."""
 
-    cli.add_arguments(parser)
+    def function(name):
+        return lambda *args: getattr(importlib.import_module(f"fastopt.{package}.cli"), name)(*args)
 
-
-def _demo(args, parser):
-    from .demo import cli
-
-    return cli.run(args, parser)
-
-
-def _bench_arguments(parser):
-    from .bench import cli
-
-    cli.add_arguments(parser)
-
-
-def _bench(args, parser):
-    from .bench import cli
-
-    return cli.run(args, parser)
+    return function("add_arguments"), function("run")
 
 
 def _info_arguments(parser):
@@ -128,8 +114,8 @@ def _build(args, parser):
 
 # Each subcommand: the function that adds its arguments, the one that runs it, and its line of help.
 COMMANDS = {
-    "demo": (_demo_arguments, _demo, "train a CNN with stock torch and with fastopt, side by side"),
-    "bench": (_bench_arguments, _bench, "time fastopt beside torch and other libraries"),
+    "demo": (*_cli("demo"), "train a CNN with stock torch and with fastopt, side by side"),
+    "bench": (*_cli("bench"), "time fastopt beside torch and other libraries"),
     "info": (_info_arguments, _info, "report which kernels run here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }

@@ -32,23 +32,15 @@ class Backend:
 
 
 class Kernels:
-    """The kernels of one device type. A subclass knows where their library is, and how it is compiled and loaded."""
+    """The kernels of one device type. A subclass knows their library.
+
+    ``find()`` gives the path of one that matches this process, or None; ``compile(verbose)`` the path of one that it
+    compiles just in time; ``load(library)`` the backend.
+    """
 
     name: str  # in messages
     warning: str  # if there are none, with a place for the cause
     backend = None  # chosen by the first use
-
-    def find(self):
-        """Path of a library that matches this process, or None."""
-        raise NotImplementedError
-
-    def compile(self, verbose=False):
-        """Path of the library, compiled just in time."""
-        raise NotImplementedError
-
-    def load(self, library):
-        """The backend of a library, which is loaded."""
-        raise NotImplementedError
 
     def unavailable(self):
         """The backend where no library is looked for, or None."""

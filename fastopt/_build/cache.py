@@ -81,17 +81,12 @@ def _entry(target):
 def _compile_locked(entry, target, verbose):
     for left_by_killed in entry.glob("build-*"):
         shutil.rmtree(left_by_killed, ignore_errors=True)
-    built_for = target.identity()
     _report(f"compiling {target}, once, into {entry}")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="build-", dir=entry, ignore_cleanup_errors=True) as work:
-        library = target.compile(Path(work), verbose)
-        if target.identity() != built_for:
-            raise BuildError(f"{identity.csrc()} changed during the build", "try again")
-        identity.write(library, built_for, **target.details(), sha256=identity.sha256(library))
-        os.replace(library, entry / library.name)
-        file = identity.file_of(library)
-        os.replace(file, entry / file.name)  # last, for it vouches for the library
+        library = identity.compile_with_identity(target, Path(work), verbose)
+        for file in (library, identity.file_of(library)):  # the identity last, for it vouches for the library
+            os.replace(file, entry / file.name)
     _report(f"compiled in {time.monotonic() - started:.0f} s")
     return entry / target.filename
 

@@ -127,17 +127,18 @@ def target(gpus=()):
     return CudaLibrary(nvcc, tuple(architectures(nvcc, gpus)))
 
 
-def compile_at_installation(library, work):
-    """Compile ``library`` at installation, if it is enabled for the torch that can be imported now.
+def compile_at_installation(folder, work):
+    """Compile the library into ``folder``, if it is enabled for the torch that can be imported now.
 
     Only ``FASTOPT_CUDA=1`` makes a failure an error; otherwise the identity file records what failed.
 
     Args:
-        library: path of the library to make.
+        folder: the package that is installed.
         work: scratch folder.
     """
     import torch
 
+    library = folder / CudaLibrary.filename
     for old in (library, identity.file_of(library)):
         old.unlink(missing_ok=True)
     if not is_enabled_for(torch.version.cuda):
@@ -145,12 +146,12 @@ def compile_at_installation(library, work):
     try:
         made = target()
         print(f"fastopt: compiling {made} with {made.nvcc}", file=sys.stderr)
-        built_for = made.identity()
-        shutil.copy(made.compile(work, verbose=True), library)
+        compiled = identity.compile_with_identity(made, work, verbose=True)
     except BuildError as error:
         if flag("FASTOPT_CUDA"):
             raise
         print(f"fastopt: installed without CUDA kernels: {error}", file=sys.stderr)
-        identity.write(library, {}, failure=error.reason)
+        identity.write(library, {"failure": error.reason})
     else:
-        identity.write(library, built_for, **made.details(), sha256=identity.sha256(library))
+        for file in (compiled, identity.file_of(compiled)):
+            shutil.copy(file, folder)

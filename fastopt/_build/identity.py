@@ -4,6 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from .commands import BuildError
+
 PACKAGE = Path(__file__).resolve().parents[1]  # the folder fastopt/, into which installation puts libraries
 
 
@@ -26,9 +28,23 @@ def file_of(library):
     return library.with_name(library.name.partition(".")[0] + ".json")
 
 
-def write(library, identity, **more):
-    """Write a library's identity file; ``more`` holds entries that need not match."""
-    file_of(library).write_text(json.dumps({**identity, **more}, indent=1) + "\n", encoding="utf-8")
+def write(library, entries):
+    """Write a library's identity file; entries that are for information need not match."""
+    file_of(library).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+
+
+def compile_with_identity(target, work, verbose):
+    """Path of a library, compiled in ``work`` with its identity file beside it.
+
+    Raises:
+        BuildError: compiling failed, or the sources changed during it.
+    """
+    built_for = target.identity()
+    library = target.compile(work, verbose)
+    if target.identity() != built_for:
+        raise BuildError(f"{csrc()} changed during the build", "try again")
+    write(library, {**built_for, **target.details(), "sha256": sha256(library)})
+    return library
 
 
 def read(library):
