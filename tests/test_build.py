@@ -1,5 +1,6 @@
 """Building and caching, with a stand-in package."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+import fastopt
 from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Containing, assert_one_warning, do_damage, script
 
 # First use
@@ -52,6 +54,21 @@ def test_changed_sources_are_compiled_anew(copied):
     header = copied.root / "csrc/common.h"
     header.write_text("// a header counts as much as a source\n")
     assert copied.run() == ("native-cpu-baseline", Containing("compiling", "compiled in"))
+
+
+def test_sources_in_several_folders_may_have_one_name(package):
+    module = package.root / "csrc/torch/module.cpp"
+    module.write_text("const char* name();\n" + module.read_text().replace('"baseline"', "name()"))
+    (package.root / "csrc/torch/deep").mkdir()
+    (package.root / "csrc/torch/deep/module.cpp").write_text('const char* name() { return "deep"; }\n')
+    assert package.run() == ("native-cpu-deep", Containing("compiled in"))
+
+
+def test_build_is_a_function_although_a_folder_of_modules_is_about_it():
+    assert fastopt._build.native.build is fastopt.build
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("fastopt.build")
+    assert callable(fastopt.build)
 
 
 # Processes

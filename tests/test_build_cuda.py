@@ -231,6 +231,13 @@ def test_first_cuda_tensor_compiles_for_the_gpus_here_once(compiled):
     assert len(compiled.nvcc_calls()) == 3
 
 
+def test_sources_in_several_folders_may_have_one_name(with_nvcc):
+    folder = with_nvcc.root / "csrc/cuda"
+    (folder / "deep").mkdir()
+    (folder / "empty.cu").rename(folder / "deep/library.cu")
+    assert with_nvcc.run_cuda() == ("{True}", COMPILED)
+
+
 def test_identity_file_records_sources_nvcc_and_architectures(compiled):
     identity = json.loads(compiled.cuda_library().with_name("_cuda.json").read_text())
     assert identity.keys() == {"cuda_sources", "nvcc", "archs", "sha256"}
