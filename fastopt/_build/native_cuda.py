@@ -112,10 +112,10 @@ def _installed_matches():
 
 
 def _first_use():
-    """What the first CUDA tensor will do, and the library from installation that it will open, or None.
+    """The effect of the first CUDA tensor, and the library from installation that it will open, or None.
 
     Raises:
-        BuildError: nothing, for there is no library and no nvcc.
+        BuildError: there is none: no library and no nvcc.
     """
     if _installed_matches():
         return "the first CUDA tensor opens the library from installation", INSTALLED
