@@ -1,27 +1,26 @@
-"""What pyproject.toml cannot say: csrc/ travels inside the package, and the libraries are compiled where torch is.
+"""The part of packaging that pyproject.toml cannot express: csrc/ goes into the package, and libraries are compiled.
 
 FASTOPT_AOT=0 leaves them out; the build backend in _backend/ sets it where there is nothing to compile with.
-FASTOPT_CUDA=1 makes the CUDA library a must, FASTOPT_CUDA=0 leaves it out; else it is compiled if torch has CUDA and an
-nvcc is found.
+FASTOPT_CUDA=1 requires the CUDA library, FASTOPT_CUDA=0 leaves it out; otherwise it is compiled if torch has CUDA and
+an nvcc is found.
 """
 
-import importlib
 import os
 import shutil
 import sys
-import types
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 
-def load_recipes():
-    """fastopt/_build.py and _build_cuda.py in a package of their own: fastopt cannot be imported before it is built."""
-    package = types.ModuleType("fastopt_build_recipes")
-    package.__path__ = [str(Path(__file__).resolve().parent / "fastopt")]
-    sys.modules[package.__name__] = package
-    return [importlib.import_module(f"{package.__name__}.{name}") for name in ("_build", "_build_cuda")]
+def import_recipes():
+    """Modules of fastopt/_build, imported without fastopt around them, which is not complete yet."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent / "fastopt"))
+    from _build import cuda, identity, recipe
+
+    del sys.path[0]
+    return recipe, cuda, identity
 
 
 class BuildPy(build_py):
@@ -52,20 +51,20 @@ class BuildPy(build_py):
 
 def compiled_extension():
     """Arguments of setup() that compile the libraries for the torch that can be imported now."""
-    recipe, cuda_recipe = load_recipes()
+    recipe, cuda, identity = import_recipes()
     compiler = recipe.find_compiler()
     os.environ.update(recipe.build_environment(compiler))
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        """Leaves beside the library what it was built for, and the CUDA library."""
+        """Also writes the library's identity file and compiles the CUDA library."""
 
         def run(self):
             super().run()
             library = Path(self.get_ext_fullpath("fastopt._C"))
-            recipe.write_identity(library, recipe.identity(), compiler=str(compiler))
-            cuda_library = library.with_name(cuda_recipe.CudaLibrary.filename)
-            cuda_recipe.compile_ahead(cuda_library, Path(self.build_temp, "cuda"))
+            target = recipe.CpuLibrary(compiler)
+            identity.write(library, {**target.identity(), **target.details()})
+            cuda.compile_at_installation(library.parent, Path(self.build_temp, "cuda"))
 
         def get_outputs(self):
             folder = Path(self.build_lib, "fastopt")

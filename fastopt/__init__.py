@@ -5,7 +5,7 @@ Importing compiles nothing and prints nothing; the first use of a kernel finds o
 
 from . import _ops, optim
 from . import nn as nn
-from ._native import build, empty_cache, info
+from ._build.native import build, empty_cache, info
 from .convert import convert_state_dict
 from .nn import CrossEntropyLoss, functional
 from .optim import *  # noqa: F403

@@ -1,6 +1,7 @@
-"""``python -m fastopt``: the demo, the benchmark, what fastopt runs on here, and building its kernels ahead of use."""
+"""``python -m fastopt``: the demo, the benchmark, the state of the kernels here, and building them ahead of use."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -10,34 +11,32 @@ import torch
 
 import fastopt
 
-from . import _environment, _native
 from ._arguments import EXIT_STATUS
-from ._build import BadVariable, BuildError
+from ._build import environment, native
+from ._build.commands import BadVariable, BuildError
 
 PROG = "python -m fastopt"
 
 
 def main(argv=None):
-    """Run one subcommand and return its exit status, which means what ``EXIT_STATUS`` says."""
+    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``."""
     prog = PROG
     try:
         args = _parser().parse_args(argv)
         prog = args.command_parser.prog
         try:
-            _environment.check()
+            environment.check()
         except ValueError as error:
             return _fail(prog, error, 2)
         status = args.run(args, args.command_parser)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if isinstance(
-            error.__cause__, BuildError
-        ):  # kernels that were asked for cannot be had, and the message says why
+        if isinstance(error.__cause__, BuildError):  # requested kernels are missing; the message says why
             return _no_kernels(prog, error)
         traceback.print_exc()
         return 3
@@ -65,28 +64,13 @@ def _parser():
     return parser
 
 
-def _demo_arguments(parser):
-    from .demo import cli
+def _cli(package):
+    """A command's own functions, imported only when they are called: main() reports an import that fails."""
 
-    cli.add_arguments(parser)
+    def function(name):
+        return lambda *args: getattr(importlib.import_module(f"fastopt.{package}.cli"), name)(*args)
 
-
-def _demo(args, parser):
-    from .demo import cli
-
-    return cli.run(args, parser)
-
-
-def _bench_arguments(parser):
-    from .bench import cli
-
-    cli.add_arguments(parser)
-
-
-def _bench(args, parser):
-    from .bench import cli
-
-    return cli.run(args, parser)
+    return function("add_arguments"), function("run")
 
 
 def _info_arguments(parser):
@@ -120,7 +104,7 @@ def _build_arguments(parser):
 def _build(args, parser):
     try:
         print(fastopt.build(verbose=args.verbose))
-        cuda_library = _native.build_cuda()
+        cuda_library = native.build_cuda()
     except RuntimeError as error:
         return _no_kernels(parser.prog, error)
     if cuda_library is not None:
@@ -128,11 +112,11 @@ def _build(args, parser):
     return 0
 
 
-# Each subcommand: what adds its arguments, what runs it, and its line of help.
+# Each subcommand: the function that adds its arguments, the one that runs it, and its line of help.
 COMMANDS = {
-    "demo": (_demo_arguments, _demo, "train a CNN with stock torch and with fastopt, side by side"),
-    "bench": (_bench_arguments, _bench, "time fastopt beside torch and other libraries"),
-    "info": (_info_arguments, _info, "tell which kernels serve here, and why"),
+    "demo": (*_cli("demo"), "train a CNN with stock torch and with fastopt, side by side"),
+    "bench": (*_cli("bench"), "time fastopt beside torch and other libraries"),
+    "info": (_info_arguments, _info, "report which kernels run here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }
 

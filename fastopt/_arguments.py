@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, and what exit statuses mean."""
+"""Shared by the commands: types of arguments, and the meaning of exit statuses."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ what should not fail has failed: kernels cannot be built or loaded, or something
 
 
 def at_least(lowest):
-    """A whole number that is ``lowest`` or more."""
+    """Type of a whole number >= ``lowest``."""
 
     def integer(text):
         value = int(text)
@@ -24,7 +24,7 @@ def at_least(lowest):
 
 
 def non_negative(text):
-    """A number that is 0 or more."""
+    """A finite number >= 0."""
     try:
         value = float(text)
     except ValueError:
@@ -35,7 +35,7 @@ def non_negative(text):
 
 
 def new_file(text):
-    """The path of a file that can be written, as far as its directory tells."""
+    """The path of a file that can be written, judging by its directory."""
     path = Path(text)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file in a directory that exists, got {text!r}")

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native, reference
+from . import reference
+from ._build import native
 
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -168,7 +169,7 @@ def _until_loaded(operator):
         device = _device_type(args)
         if device not in looked_for:
             looked_for.add(device)
-            if (device == "cpu" and _native.module() is not None) or (device == "cuda" and _native.cuda()):
+            if (device == "cpu" and native.module() is not None) or (device == "cuda" and native.cuda()):
                 return getattr(torch.ops.fastopt, operator.name)(*args, **kwargs)
         return operator.reference(*args, **kwargs)
 

@@ -4,7 +4,8 @@ import contextlib
 
 import torch
 
-from fastopt import _native, _ops
+from fastopt import _ops
+from fastopt._build import native
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -12,13 +13,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def is_native():
     """Whether the compiled kernels serve; builds them if need be."""
-    return _native.module() is not None
+    return native.module() is not None
 
 
 def kernel_calls(name):
     """How often a kernel ran in this process: "update", "threaded_gather" (of them), "cross_entropy",
     "cuda" (of both); 0 on the reference path."""
-    module = _native.module()
+    module = native.module()
     return module.kernel_calls()[name] if module is not None else 0
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import devices
 from common import is_native
-from stand_in import Holding, Package
+from stand_in import Containing, Package
 
 
 def pytest_generate_tests(metafunc):
@@ -46,7 +46,7 @@ def package(tmp_path):
 def built(tmp_path_factory):
     """A package whose library has been compiled just in time; copied, never changed."""
     package = Package(tmp_path_factory.mktemp("built") / "checkout")
-    assert package.run() == ("native-cpu-baseline", Holding("compiling", "compiled in"))
+    assert package.run() == ("native-cpu-baseline", Containing("compiling", "compiled in"))
     return package
 
 

@@ -1,13 +1,13 @@
-"""Where the tables of tests run: on the CPU, through the CUDA kernels on the CPU (the shim), and on a GPU.
+"""Devices that the tables of tests run on: the CPU, the CUDA kernels on the CPU (the shim), and a GPU.
 
-A module that sets ``RUNS_ON`` has all its tests run on each of those that is there.
+The tests of a module that sets ``RUNS_ON`` run on each of those that is available.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
-import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastopt import _build, _build_cuda, _jit, _native
+from fastopt._build import commands, cuda, native, recipe
+from fastopt._build.environment import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIM = ROOT / "tests" / "cuda_shim"
@@ -32,12 +33,12 @@ def current():
 
 
 def is_gpu():
-    """Whether the CUDA kernels serve, on a GPU or in its stead."""
+    """True if the CUDA kernels run, on a GPU or through the shim."""
     return _current != CPU
 
 
 def params(names):
-    """Parameters of the fixture ``device``; what is not there is left out, or skipped if that should be seen."""
+    """Parameters of the fixture ``device``; a GPU that is not there is left out."""
     marks = {CPU: [], SHIM_DEVICE: [pytest.mark.native, pytest.mark.shim], CUDA: [pytest.mark.native, pytest.mark.cuda]}
     wanted = [name for name in names if name != CUDA or torch.cuda.is_available()]
     return [pytest.param(name, marks=marks[name]) for name in wanted]
@@ -45,15 +46,15 @@ def params(names):
 
 @contextlib.contextmanager
 def running_on(name):
-    """Tensors that tests make go to this device's kernels."""
+    """Tests run with this device as the default, on its CUDA kernels if it has any."""
     global _current
     if name == SHIM_DEVICE:
         if CXX is None:
             pytest.skip("the shim needs g++")
-        _native.module().load_host_shim(str(shim_library()))
+        native.module().load_host_shim(str(shim_library()))
         torch.set_default_device("cpu")  # as a GPU's tests set theirs
     elif name == CUDA:
-        assert _native.cuda(), _native.info()["cuda"]
+        assert native.cuda(), native.info()["cuda"]
         torch.set_default_device("cuda")
     _current = name
     try:
@@ -61,7 +62,7 @@ def running_on(name):
     finally:
         _current = CPU
         if name == SHIM_DEVICE:
-            _native.module().load_host_shim("")
+            native.module().load_host_shim("")
         if name != CPU:
             torch.set_default_device(None)
 
@@ -69,55 +70,45 @@ def running_on(name):
 def shim_library():
     """The library of CUDA kernels for the CPU, compiled once for these sources."""
     with _building:
-        return link(compile_all())
-
-
-def sources():
-    return sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
+        return link(compile_all(), _folder() / "shim.so")
 
 
 def compile_all():
-    """Object files of all kernels, by file name."""
-    folder = _jit.cache_dir() / f"shim-{_digest()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    objects = {source: folder / _build_cuda.object_name(ROOT / "csrc", source) for source in sources()}
-    missing = [source for source, path in objects.items() if not path.exists()]
+    """Object files of all kernels, by the paths of their sources below csrc/cuda, such as ``update``."""
+    kernels, folder = ROOT / "csrc" / "cuda", _folder()
+    sources = {path.relative_to(kernels).with_suffix("").as_posix(): path for path in sorted(kernels.rglob("*.cu"))}
+    objects = {name: folder / f"{name}.o" for name in sources}
+    missing = [name for name in sources if not objects[name].exists()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda source: compile_object(source, objects[source]), missing))
-    return {path.stem: path for path in objects.values()}
+        list(pool.map(lambda name: compile_object(sources[name], objects[name]), missing))
+    return objects
 
 
 def compile_object(source, to, csrc=ROOT / "csrc"):
     """Compile one file of kernels for the CPU; moved into place whole."""
     flags = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-march=native", "-w", "-DFASTOPT_CUDA_HOST_SHIM"]
-    if _build.sanitizers():
-        flags += [f"-fsanitize={_build.sanitizers()}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all", "-g1"]
-    # Not a process number: several threads of one process may compile.
+    flags += recipe.sanitizer_flags()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return _compile([*flags, f"-I{SHIM}", f"-I{csrc}", "-x", "c++", "-c", str(source)], to)
+
+
+def link(objects, to):
+    """A library of object files."""
+    return to if to.exists() else _compile(["-shared", *recipe.sanitizer_flags(), *map(str, objects.values())], to)
+
+
+def _compile(arguments, to):
     part = to.with_name(f"{to.name}.{os.getpid()}.part")
-    command = [CXX, *flags, f"-I{SHIM}", f"-I{csrc}", "-x", "c++", "-c", str(source), "-o", str(part)]
-    env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    status, log = commands.run([CXX, *arguments, "-o", str(part)])
+    assert status == 0, "\n".join(log)[-3000:]
     os.replace(part, to)
     return to
 
 
-def link(objects, to=None):
-    """A library of object files."""
-    to = to or next(iter(objects.values())).with_name("shim.so")
-    if not to.exists():
-        part = to.with_name(f"{to.name}.{os.getpid()}.part")
-        flags = [f"-fsanitize={_build.sanitizers()}"] if _build.sanitizers() else []
-        env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        subprocess.run([CXX, "-shared", *flags, *map(str, objects.values()), "-o", str(part)], check=True, env=env)
-        os.replace(part, to)
-    return to
-
-
-def _digest():
-    parts = hashlib.sha256(_build.sanitizers().encode() + Path(__file__).read_bytes())
-    for folder in (ROOT / "csrc", SHIM):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.relative_to(folder).parts[0] not in ("cpu", "torch"):
-                parts.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return parts.hexdigest()[:16]
+def _folder():
+    """Folder of the objects and the library, in the cache; another one for other sources or flags."""
+    total = hashlib.sha256(json.dumps([cuda.CudaLibrary.identity(), recipe.sanitizer_flags()]).encode())
+    total.update(Path(__file__).read_bytes())
+    for path in sorted(filter(Path.is_file, SHIM.rglob("*"))):
+        total.update(str(path.relative_to(SHIM)).encode() + path.read_bytes())
+    return cache_dir() / f"shim-{total.hexdigest()[:16]}"

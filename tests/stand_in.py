@@ -9,7 +9,6 @@ import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ("_build.py", "_build_cuda.py", "_jit.py", "_native.py", "_native_cuda.py")
 TIMEOUT_S = 240
 
 TINY_MODULE = """
@@ -28,18 +27,18 @@ PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
 """
 
 USE = """
-    from fastopt import _native
-    modules = [_native.module() for _ in range(3)]
-    print(_native.info()["backend"])
+    from fastopt._build import native
+    modules = [native.module() for _ in range(3)]
+    print(native.info()["backend"])
 """
 
 
 USE_CUDA = """
-    from fastopt import _native
-    print({_native.cuda() for _ in range(3)})
+    from fastopt._build import native
+    print({native.cuda() for _ in range(3)})
 """
 
-# Says of itself what nvcc says, writes down its arguments, and has c++ compile.
+# Prints what nvcc prints about itself, logs its arguments, and compiles with c++.
 FAKE_NVCC = """
 case "$1" in
   --version) echo 'Cuda compilation tools, release 13.0, V13.0.88'; exit ;;
@@ -59,7 +58,7 @@ DAMAGES = ("truncated", "garbage", "no library", "no identity", "bad identity")
 
 
 def do_damage(damage, library, identity):
-    """Leave a cached library, or the file that says what it was built from, as no build leaves them."""
+    """Damage a cached library or its identity file."""
     if damage == "truncated":
         os.truncate(library, library.stat().st_size // 2)
     elif damage == "garbage":
@@ -85,8 +84,7 @@ class Package:
         (root / "csrc/tiny/name.h").write_text("#include <Python.h>\n")
         (root / "csrc/torch/module.cpp").write_text(TINY_MODULE)
         (self.folder / "__init__.py").write_text('__version__ = "0.1.0"\n')
-        for name in RECIPE:
-            shutil.copy(ROOT / "fastopt" / name, self.folder)
+        shutil.copytree(ROOT / "fastopt/_build", self.folder / "_build", ignore=shutil.ignore_patterns("__pycache__"))
 
     def add_cuda(self):
         """Give it CUDA sources, and hide every nvcc of this machine from it but by PATH and CUDA_HOME."""
@@ -96,12 +94,12 @@ class Package:
         (self.root / "csrc/cuda/library.cu").write_text('extern "C" const void* fastopt_cuda_library() { return 0; }\n')
         (self.root / "bin").mkdir()
         (self.root / "bin/c++").symlink_to(shutil.which("c++"))
-        recipe = self.folder / "_build_cuda.py"
-        text = recipe.read_text()
+        finder = self.folder / "_build/nvcc.py"
+        text = finder.read_text()
         for constant, hidden in (('"/usr/local/cuda"', str(self.root / "usual")), ('"nvidia/*"', "of_pip/*")):
             assert text.count(constant) == 1
             text = text.replace(constant, repr(hidden))
-        recipe.write_text(text)
+        finder.write_text(text)
 
     def add_nvcc(self, folder="bin", body=FAKE_NVCC):
         """Put a fake nvcc into a folder of the checkout; gives its path."""
@@ -166,8 +164,8 @@ class Package:
         return library
 
 
-class Holding:
-    """Equal to a text that holds each of some words."""
+class Containing:
+    """Equal to any text that contains all of the words."""
 
     def __init__(self, *words):
         self.words = words
@@ -176,7 +174,7 @@ class Holding:
         return all(word in text for word in self.words)
 
     def __repr__(self):
-        return f"text holding {self.words}"
+        return f"text containing {self.words}"
 
 
 def script(path, body):

@@ -1,5 +1,6 @@
 """Building and caching, with a stand-in package."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -9,7 +10,8 @@ import time
 
 import pytest
 
-from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Holding, assert_one_warning, do_damage, script
+import fastopt
+from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Containing, assert_one_warning, do_damage, script
 
 # First use
 
@@ -27,21 +29,21 @@ def test_first_use_compiles_and_says_so_once(package):
 
 
 def test_info_reports_without_compiling(package):
-    out, err = package.run("from fastopt import _native; print(_native.info())")
+    out, err = package.run("from fastopt._build import native; print(native.info())")
     assert "'backend': 'not built yet'" in out
     assert err == ""
     assert not package.cache.exists()
 
 
 def test_info_loads_a_library_that_is_there(copied):
-    out, err = copied.run("from fastopt import _native; print(_native.info())")
+    out, err = copied.run("from fastopt._build import native; print(native.info())")
     assert "'backend': 'native-cpu-baseline'" in out
     assert str(copied.cache) in out
     assert err == ""
 
 
 def test_build_compiles_and_gives_the_path_of_the_library(package):
-    build = "from fastopt import _native; print(_native.build())"
+    build = "from fastopt._build import native; print(native.build())"
     out, err = package.run(build)
     assert out == str(package.library())
     assert "compiled in" in err
@@ -51,7 +53,22 @@ def test_build_compiles_and_gives_the_path_of_the_library(package):
 def test_changed_sources_are_compiled_anew(copied):
     header = copied.root / "csrc/common.h"
     header.write_text("// a header counts as much as a source\n")
-    assert copied.run() == ("native-cpu-baseline", Holding("compiling", "compiled in"))
+    assert copied.run() == ("native-cpu-baseline", Containing("compiling", "compiled in"))
+
+
+def test_sources_in_several_folders_may_have_one_name(package):
+    module = package.root / "csrc/torch/module.cpp"
+    module.write_text("const char* name();\n" + module.read_text().replace('"baseline"', "name()"))
+    (package.root / "csrc/torch/deep").mkdir()
+    (package.root / "csrc/torch/deep/module.cpp").write_text('const char* name() { return "deep"; }\n')
+    assert package.run() == ("native-cpu-deep", Containing("compiled in"))
+
+
+def test_build_is_a_function_although_a_folder_of_modules_is_about_it():
+    assert fastopt._build.native.build is fastopt.build
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("fastopt.build")
+    assert callable(fastopt.build)
 
 
 # Processes
@@ -87,18 +104,18 @@ def test_forks_during_a_build_do_not_deadlock(package):
     out, err = package.run(
         """
         import os, sys, threading, time
-        from fastopt import _native
-        builder = threading.Thread(target=_native.module)
+        from fastopt._build import cache, native
+        builder = threading.Thread(target=native.module)
         builder.start()
-        while not _native._jit._lock_files: time.sleep(0.01)
+        while not cache._lock_files: time.sleep(0.01)
         children = []
         for _ in range(20):
             children.append(os.fork())
             if children[-1] == 0:
-                os._exit(0 if _native.module() is not None else 1)
+                os._exit(0 if native.module() is not None else 1)
             time.sleep(0.01)
         builder.join()
-        print({os.waitpid(child, 0)[1] for child in children}, _native.module() is not None)
+        print({os.waitpid(child, 0)[1] for child in children}, native.module() is not None)
         """
     )
     assert out == "{0} True"
@@ -111,7 +128,7 @@ def test_forks_during_a_build_do_not_deadlock(package):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_cache_is_compiled_anew(copied, damage):
     do_damage(damage, copied.library(), copied.entry() / "_C.json")
-    assert copied.run() == ("native-cpu-baseline", Holding("compiled in"))
+    assert copied.run() == ("native-cpu-baseline", Containing("compiled in"))
     assert copied.run() == ("native-cpu-baseline", "")
 
 
@@ -202,7 +219,7 @@ def test_missing_ninja_leads_to_the_reference_path(package, tmp_path):
 
 
 def test_build_raises_where_it_cannot(package):
-    _, err = package.run("from fastopt import _native; _native.build()", CXX="/nonexistent/c++")
+    _, err = package.run("from fastopt._build import native; native.build()", CXX="/nonexistent/c++")
     assert "RuntimeError: fastopt cannot be built: the C++ compiler CXX=/nonexistent/c++" in err
 
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastopt import _build_cuda
-from fastopt._build import BuildError
-from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Holding, assert_one_warning, do_damage
+from fastopt._build.architectures import architectures, unsupported_gpus
+from fastopt._build.commands import BuildError
+from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Containing, assert_one_warning, do_damage
 
-COMPILED = Holding("compiling the CUDA kernels", "compiled in")
+COMPILED = Containing("compiling the CUDA kernels", "compiled in")
 INFO = """
-    from fastopt import _native
-    print(_native.info()["cuda"])
+    from fastopt._build import native
+    print(native.info()["cuda"])
 """
 
 
@@ -50,9 +50,9 @@ def install(package):
 # Architectures
 
 
-def architectures(monkeypatch, listed="", gpus=(), known=(75, 80, 86, 89, 90, 100, 103, 120)):
+def chosen(monkeypatch, listed="", gpus=(), known=(75, 80, 86, 89, 90, 100, 103, 120)):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    return _build_cuda.architectures(SimpleNamespace(known=lambda: list(known)), gpus)
+    return architectures(SimpleNamespace(known_architectures=lambda: list(known)), gpus)
 
 
 @pytest.mark.parametrize(
@@ -69,24 +69,24 @@ def architectures(monkeypatch, listed="", gpus=(), known=(75, 80, 86, 89, 90, 10
     ],
 )
 def test_arch_list_is_read_as_torch_reads_it(monkeypatch, listed, expected):
-    assert architectures(monkeypatch, listed) == expected
+    assert chosen(monkeypatch, listed) == expected
 
 
 @pytest.mark.parametrize("word", ["sm_90", "90", "9", "9.0b", "9.0+SASS", "Hoper", "8.0,9.0", "7.0"])
 def test_arch_list_that_cannot_be_read_is_named(monkeypatch, word):
     with pytest.raises(BuildError, match=r"TORCH_CUDA_ARCH_LIST holds .*8\.0;9\.0\+PTX") as caught:
-        architectures(monkeypatch, f"8.0;{word}")
+        chosen(monkeypatch, f"8.0;{word}")
     assert word in str(caught.value)
 
 
 def test_arch_list_without_an_architecture_is_an_error(monkeypatch):
     with pytest.raises(BuildError, match="holds no compute capability"):
-        architectures(monkeypatch, ";")
+        chosen(monkeypatch, ";")
 
 
 def test_arch_list_that_leaves_out_a_gpu_is_an_error(monkeypatch):
     with pytest.raises(BuildError, match="TORCH_CUDA_ARCH_LIST=8.0 leaves out sm_90"):
-        architectures(monkeypatch, "8.0", [(9, 0)])
+        chosen(monkeypatch, "8.0", [(9, 0)])
 
 
 @pytest.mark.parametrize(
@@ -102,16 +102,16 @@ def test_arch_list_that_leaves_out_a_gpu_is_an_error(monkeypatch):
     ids=["any GPU", "older nvcc", "newer nvcc", "one", "two", "one newer than nvcc"],
 )
 def test_architectures_without_a_list(monkeypatch, gpus, known, expected):
-    assert architectures(monkeypatch, "", gpus, known) == expected.split()
+    assert chosen(monkeypatch, "", gpus, known) == expected.split()
 
 
 def test_gpu_older_than_nvcc_is_an_error(monkeypatch):
     with pytest.raises(BuildError, match="sm_61.*sm_75 and newer.*CUDA_VISIBLE_DEVICES"):
-        architectures(monkeypatch, "", [(6, 1)])
+        chosen(monkeypatch, "", [(6, 1)])
 
 
 @pytest.mark.parametrize(
-    ("archs", "gpu", "serves"),
+    ("archs", "gpu", "supported"),
     [
         ("sm_90", (9, 0), True),
         ("sm_80", (8, 6), True),
@@ -122,15 +122,15 @@ def test_gpu_older_than_nvcc_is_an_error(monkeypatch):
         ("sm_100", (12, 0), False),
     ],
 )
-def test_machine_code_serves_its_major_version_and_ptx_whatever_is_newer(archs, gpu, serves):
-    assert _build_cuda.left_out(archs.split(), [gpu]) == ([] if serves else [f"sm_{gpu[0]}{gpu[1]}"])
+def test_machine_code_runs_on_its_major_version_and_ptx_on_all_that_is_newer(archs, gpu, supported):
+    assert unsupported_gpus(archs.split(), [gpu]) == ([] if supported else [f"sm_{gpu[0]}{gpu[1]}"])
 
 
 # nvcc
 
 WHICH = """
-    from fastopt import _build_cuda
-    nvcc = _build_cuda.find_nvcc()
+    from fastopt._build.nvcc import find_nvcc
+    nvcc = find_nvcc()
     print(nvcc.command, *nvcc.include_dirs, *nvcc.library_dirs)
 """
 
@@ -167,12 +167,12 @@ def test_broken_nvcc_is_passed_over_or_named(cuda, body):
     assert cuda.run_cuda() == ("{True}", COMPILED)
 
 
-@pytest.mark.parametrize(("version", "serves"), [("11.8.89", False), ("12.0.140", False), ("12.1.66", True)])
-def test_nvcc_that_is_too_old_is_passed_over_or_named(cuda, version, serves):
+@pytest.mark.parametrize(("version", "supported"), [("11.8.89", False), ("12.0.140", False), ("12.1.66", True)])
+def test_nvcc_that_is_too_old_is_passed_over_or_named(cuda, version, supported):
     old = cuda.add_nvcc("bin", FAKE_NVCC.replace("V13.0.88", f"V{version}"))
     out, err = cuda.run_cuda()
-    assert out == f"{{{serves}}}"
-    if not serves:
+    assert out == f"{{{supported}}}"
+    if not supported:
         assert_one_warning(err, f"nvcc {version} ({old}) is too old: the kernels need 12.1 or later", "pip install")
         newer = cuda.add_nvcc("usual/bin")
         assert cuda.run_cuda(WHICH)[0].split()[0] == newer
@@ -193,7 +193,7 @@ def test_toolkit_is_advised_where_pip_has_no_nvcc(cuda):
 
 
 @pytest.mark.parametrize(
-    ("says", "words"),
+    ("printed", "words"),
     [
         ("kernels.cu(7): error: expected a ';'", ["expected a ';'", "--verbose"]),
         ("#error -- unsupported GNU version! gcc versions later than 15", ["unsupported GNU version", "NVCC_CCBIN"]),
@@ -203,8 +203,8 @@ def test_toolkit_is_advised_where_pip_has_no_nvcc(cuda):
         ("error writing: No space left on device", ["FASTOPT_CACHE_DIR"]),
     ],
 )
-def test_failure_of_nvcc_is_quoted_in_the_warning(cuda, says, words):
-    cuda.add_nvcc("bin", FAKE_NVCC.replace("exec c++ -fPIC", f'echo "{says}" >&2; exit 2; exec c++'))
+def test_failure_of_nvcc_is_quoted_in_the_warning(cuda, printed, words):
+    cuda.add_nvcc("bin", FAKE_NVCC.replace("exec c++ -fPIC", f'echo "{printed}" >&2; exit 2; exec c++'))
     out, err = cuda.run_cuda()
     assert out == "{False}"
     assert_one_warning(err, "nvcc 13.0.88", *words)
@@ -231,7 +231,14 @@ def test_first_cuda_tensor_compiles_for_the_gpus_here_once(compiled):
     assert len(compiled.nvcc_calls()) == 3
 
 
-def test_identity_says_what_the_library_was_built_from(compiled):
+def test_sources_in_several_folders_may_have_one_name(with_nvcc):
+    folder = with_nvcc.root / "csrc/cuda"
+    (folder / "deep").mkdir()
+    (folder / "empty.cu").rename(folder / "deep/library.cu")
+    assert with_nvcc.run_cuda() == ("{True}", COMPILED)
+
+
+def test_identity_file_records_sources_nvcc_and_architectures(compiled):
     identity = json.loads(compiled.cuda_library().with_name("_cuda.json").read_text())
     assert identity.keys() == {"cuda_sources", "nvcc", "archs", "sha256"}
     assert (identity["nvcc"], identity["archs"]) == ("13.0.88", ["sm_90"])
@@ -243,7 +250,7 @@ def test_other_gpus_need_another_library(compiled):
 
 
 def test_library_for_any_gpu_serves_one_that_comes_later(with_nvcc):
-    out, _ = with_nvcc.run_cuda("from fastopt import _native; print(_native.build_cuda())", gpus=())
+    out, _ = with_nvcc.run_cuda("from fastopt._build import native; print(native.build_cuda())", gpus=())
     assert out == str(with_nvcc.cuda_library())
     assert "code=sm_120" in with_nvcc.nvcc_calls()[0]
     assert with_nvcc.run_cuda() == ("{True}", "")
@@ -257,9 +264,9 @@ def test_changed_cuda_sources_are_compiled_anew(compiled, path, compiles):
     with (compiled.root / path).open("a") as file:
         file.write("// changed\n")
     code = """
-        from fastopt import _native
-        _native.module = lambda: _native._load(next(_native._jit.cache_dir().glob("*/_C.*.so"))).module  # still serves
-        print(_native.cuda())
+        from fastopt._build import native
+        native.cpu_kernels.find = lambda: next(native.cache_dir().glob("*/_C.*.so"))  # although that matches no more
+        print(native.cuda())
     """
     assert compiled.run_cuda(code) == ("True", COMPILED if compiles else "")
 
@@ -275,13 +282,13 @@ def test_threads_and_processes_compile_once(with_nvcc):
     out, err = with_nvcc.run_cuda(
         """
         import os, threading
-        from fastopt import _native
-        _native.module()
+        from fastopt._build import native
+        native.module()
         child = os.fork()
         served, opened = [], []
-        open_with = _native._native_cuda.open_with
-        _native._native_cuda.open_with = lambda *arguments: (opened.append(1), open_with(*arguments))
-        threads = [threading.Thread(target=lambda: served.append(_native.cuda())) for _ in range(4)]
+        load = native.cuda_kernels.load
+        native.cuda_kernels.load = lambda library: opened.append(1) or load(library)
+        threads = [threading.Thread(target=lambda: served.append(native.cuda())) for _ in range(4)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         if child == 0: os._exit(0 if served == [True] * 4 and opened == [1] else 1)
@@ -292,11 +299,11 @@ def test_threads_and_processes_compile_once(with_nvcc):
     assert err.count("compiled in") == 1
 
 
-# What the environment asks
+# Environment variables
 
 
 @pytest.mark.parametrize("env", [{"FASTOPT_CUDA": "0"}, {"FASTOPT_BACKEND": "reference"}])
-def test_kernels_that_are_not_asked_for_are_not_compiled(with_nvcc, env):
+def test_kernels_that_are_not_requested_are_not_compiled(with_nvcc, env):
     assert with_nvcc.run_cuda(**env) == ("{False}", "")
     assert with_nvcc.nvcc_calls() == []
 
@@ -333,14 +340,14 @@ def test_without_the_extension_there_is_one_warning_in_all(with_nvcc):
     ids=["torch with CUDA", "torch without", "forced", "forbidden"],
 )
 def test_build_compiles_the_cuda_library_where_it_is_wanted(with_nvcc, torch_cuda, env, compiles):
-    build = "from fastopt import _native; print(_native.build() == _native.build())"
+    build = "from fastopt._build import native; print(native.build() == native.build())"
     out, err = with_nvcc.run_cuda(build, torch_cuda=torch_cuda, FASTOPT_CUDA=env)
     assert (out, err) == ("True", COMPILED if compiles else "")
     assert bool(list(with_nvcc.cache.glob("*/_cuda.so"))) == compiles
 
 
 def test_build_without_nvcc_is_an_error_only_if_forced(cuda):
-    build = "from fastopt import _native; _native.build(); print('built')"
+    build = "from fastopt._build import native; native.build(); print('built')"
     assert cuda.run_cuda(build) == ("built", "")
     out, err = cuda.run_cuda(build, FASTOPT_CUDA="1")
     assert out == ""
@@ -349,7 +356,7 @@ def test_build_without_nvcc_is_an_error_only_if_forced(cuda):
 
 def test_build_shows_what_nvcc_prints(cuda):
     cuda.add_nvcc("bin", FAKE_NVCC.replace("exec c++ -fPIC", "echo 'a remark of nvcc'; exec c++ -fPIC"))
-    _, err = cuda.run_cuda("from fastopt import _native; _native.build(verbose=True)")
+    _, err = cuda.run_cuda("from fastopt._build import native; native.build(verbose=True)")
     assert err.count("a remark of nvcc") == 2
 
 
@@ -394,7 +401,7 @@ def test_cuda_library_from_installation_that_does_not_fit_is_not_opened(compiled
         ({"PATH": "/nonexistent", "CXX": shutil.which("c++")}, "none: nvcc not found; pip install 'nvidia-cuda-nvcc"),
     ],
 )
-def test_info_says_what_would_serve_cuda_tensors(with_nvcc, arguments, line):
+def test_info_reports_what_will_run_for_cuda_tensors(with_nvcc, arguments, line):
     out, err = with_nvcc.run_cuda(INFO, **arguments)
     assert out.startswith(line)
     assert err == ""
@@ -403,7 +410,7 @@ def test_info_says_what_would_serve_cuda_tensors(with_nvcc, arguments, line):
 
 def test_info_names_the_library_and_its_architectures(compiled):
     keys = ("cuda", "cuda_archs", "cuda_library")
-    out, _ = compiled.run_cuda(USE_CUDA + f"    print([_native.info()[key] for key in {keys}])")
+    out, _ = compiled.run_cuda(USE_CUDA + f"    print([native.info()[key] for key in {keys}])")
     assert out.splitlines()[1] == str(
         ["native-cuda: sm_90, compiled just in time", ["sm_90"], str(compiled.cuda_library())]
     )

@@ -366,7 +366,7 @@ def test_a_driver_that_cannot_launch_the_kernels_is_named(monkeypatch, driver, s
 def test_only_a_shim_is_taken_for_one(tmp_path):
     if devices.current() != devices.SHIM_DEVICE:
         pytest.skip("the shim's own")
-    module = fastopt._native.module()
+    module = fastopt._build.native.module()
     with pytest.raises(RuntimeError, match="cannot be opened"):
         module.load_host_shim(str(tmp_path / "missing.so"))
     with pytest.raises(RuntimeError, match="runs on the CPU, for tests"):

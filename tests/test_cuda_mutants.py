@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import devices
-from fastopt import _build_cuda
 
 pytestmark = [pytest.mark.native, pytest.mark.shim, pytest.mark.skipif(devices.CXX is None, reason="needs g++")]
 
@@ -144,8 +143,8 @@ MUTANTS = [
     Mutant(
         "steps are counted before all blocks have read them",
         "update_kernel.cuh",
-        "if (!is_last) return;\n  for",
-        "if (blockIdx.x != 0) return;\n  for",
+        "if (!is_last) return;\n  constexpr",
+        "if (blockIdx.x != 0) return;\n  constexpr",
         UPDATE,
     ),
     Mutant(
@@ -175,7 +174,7 @@ import fastopt
 from loss_cases import loss_and_grad, make_values, truth_of
 from optim_cases import make_params, set_grads
 
-fastopt._native.module().load_host_shim(sys.argv[1])
+fastopt._build.native.module().load_host_shim(sys.argv[1])
 shim = ctypes.CDLL(sys.argv[1])
 for seed in (-1, 0, 1, 2):
     shim.fastopt_shim_seed(ctypes.c_longlong(seed))
@@ -208,7 +207,7 @@ def libraries(tmp_path_factory):
     def make(mutant):
         folder = tmp_path_factory.mktemp("mutant")
         csrc = folder / "csrc"
-        for name in ("cuda", "rules", "losses", "math"):
+        for name in ("cuda", "rules", "update", "losses", "math"):
             shutil.copytree(devices.ROOT / "csrc" / name, csrc / name)
         shutil.copy(devices.ROOT / "csrc" / "common.h", csrc)
         changed = csrc / "cuda" / mutant.file
@@ -217,7 +216,7 @@ def libraries(tmp_path_factory):
         changed.write_text(text.replace(mutant.old, mutant.new))
         source = csrc / "cuda" / mutant.compiled_in
         object_file = devices.compile_object(source, folder / "mutant.o", csrc)
-        name = Path(_build_cuda.object_name(csrc, source)).stem
+        name = source.relative_to(csrc / "cuda").with_suffix("").as_posix()
         return devices.link({**objects, name: object_file}, folder / "shim.so")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -1,4 +1,4 @@
-"""``python -m fastopt``: exit statuses, and one line for bad input."""
+"""``python -m fastopt``: the meaning of each exit status; bad input is reported in one line."""
 
 import os
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 
 import fastopt
 from bench_results import result
-from fastopt import _build_cuda, _environment, _native
 from fastopt.__main__ import COMMANDS, main
-from fastopt._build import BadVariable, BuildError
+from fastopt._build import architectures, environment, native
+from fastopt._build.commands import BadVariable, BuildError
 from fastopt.bench import runner
 from fastopt.demo import data, glyphs, parity
 
@@ -24,7 +24,7 @@ COMMAND_LINES = {"info": ["info"], "info --json": ["info", "--json"], "build": [
 
 @pytest.fixture(autouse=True)
 def no_variables(tmp_path, monkeypatch):
-    """None of the variables is set, a file is at hand, and digits are few."""
+    """None of the variables is set, a file exists, and the data set is small."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -43,7 +43,7 @@ BAD_VARIABLES = [
     ("MAX_JOBS", "many", "MAX_JOBS must be a whole number >= 0, got 'many'"),
     ("MAX_JOBS", "-1", "MAX_JOBS must be a whole number >= 0, got '-1'"),
     ("MAX_JOBS", "²", "MAX_JOBS must be a whole number >= 0, got '²'"),
-    ("TORCH_CUDA_ARCH_LIST", "8.0;none", "TORCH_CUDA_ARCH_LIST holds 'none', which is no compute capability; set"),
+    ("TORCH_CUDA_ARCH_LIST", "8.0;abacus", "TORCH_CUDA_ARCH_LIST holds 'abacus', which is no compute capability; set"),
     ("TORCH_CUDA_ARCH_LIST", ";", "TORCH_CUDA_ARCH_LIST=';' holds no compute capability; set TORCH_CUDA_ARCH_LIST to"),
     ("CXX", "c++ -pipe", "CXX must name one program, got 'c++ -pipe'; put flags into CFLAGS"),
     (
@@ -78,7 +78,7 @@ GOOD_VARIABLES = [
     *((name, value) for name in ("FASTOPT_CUDA", "FASTOPT_WERROR") for value in ("", "0", "1")),
     *(("MAX_JOBS", value) for value in ("", "0", "1", "64")),
     *(("TORCH_CUDA_ARCH_LIST", value) for value in ("", " ", "native", "9.0", "8.0;9.0a+PTX", "7.0 8.6", "10.0f")),
-    *(("TORCH_CUDA_ARCH_LIST", name) for name in _build_cuda.NAMED),
+    *(("TORCH_CUDA_ARCH_LIST", name) for name in architectures.NAMED),
     *(("FASTOPT_CACHE_DIR", value) for value in ("", ".", "absent", "absent/too", "~/absent")),
     ("XDG_CACHE_HOME", "absent"),
     *(("CXX", value) for value in ("", "absent", "/usr/bin/absent")),
@@ -88,14 +88,14 @@ GOOD_VARIABLES = [
 @pytest.mark.parametrize(("name", "value"), GOOD_VARIABLES)
 def test_good_variables_pass(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    _environment.check()
+    environment.check()
 
 
 def test_cache_in_a_home_that_is_a_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     message = "FASTOPT_CACHE_DIR must name a directory, or a path at which one can be made, got '.*file/.cache/fastopt'"
     with pytest.raises(ValueError, match=message):
-        _environment.check()
+        environment.check()
 
 
 def test_variable_of_the_data_is_named(monkeypatch, capsys):
@@ -123,7 +123,7 @@ def test_file_that_stops_being_writable_is_bad_input(monkeypatch, tmp_path, caps
     assert "No such file or directory: 'folder/file" in capsys.readouterr().err
 
 
-# Kernels that are asked for and cannot be had.
+# Kernels that are requested and not available.
 
 
 def without_kernels(monkeypatch, error):
@@ -132,10 +132,9 @@ def without_kernels(monkeypatch, error):
     def compile(*arguments):
         raise error
 
-    monkeypatch.setattr(_native, "_served", None)
-    monkeypatch.setattr(_native, "_find", lambda: None)
-    monkeypatch.setattr(_native, "_kind", lambda: None)
-    monkeypatch.setattr(_native._jit, "compile", compile)
+    monkeypatch.setattr(native.cpu_kernels, "backend", None)
+    monkeypatch.setattr(native.cpu_kernels, "find", lambda: None)
+    monkeypatch.setattr(native.cpu_kernels, "compile", compile)
 
 
 @pytest.mark.parametrize("command_line", [["build"], DEMO, BENCH], ids=["build", "demo", "bench"])
@@ -150,12 +149,12 @@ def test_kernels_that_cannot_be_built_are_one_line(command_line, kind, status, m
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_info_of_kernels_that_cannot_be_loaded_gives_the_reason_and_fails(arguments, monkeypatch, capsys):
+def test_info_of_requested_kernels_that_cannot_be_loaded_reports_and_fails(arguments, monkeypatch, capsys):
     def broken():
         raise BuildError("the library is broken", "delete it")
 
-    monkeypatch.setattr(_native, "_served", None)
-    monkeypatch.setattr(_native, "_find", broken)
+    monkeypatch.setattr(native.cpu_kernels, "backend", None)
+    monkeypatch.setattr(native.cpu_kernels, "find", broken)
     assert main(["info", *arguments]) == 0
     assert "reference" in capsys.readouterr().out
     monkeypatch.setenv("FASTOPT_BACKEND", "native")
@@ -175,7 +174,7 @@ def test_info_of_kernels_that_cannot_be_loaded_gives_the_reason_and_fails(argume
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("name", COMMANDS)
-def test_crash_shows_its_traceback_and_has_status_3(name, raised, status, monkeypatch, capsys):
+def test_crash_shows_its_traceback_and_is_status_3(name, raised, status, monkeypatch, capsys):
     def crash(args, parser):
         raise raised
 
@@ -185,7 +184,7 @@ def test_crash_shows_its_traceback_and_has_status_3(name, raised, status, monkey
     assert ("Traceback" in err and f"{type(raised).__name__}: a fault" in err) == (status == 3)
 
 
-def test_command_that_cannot_be_imported_has_status_3(monkeypatch, capsys):
+def test_command_that_cannot_be_imported_is_status_3(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastopt.bench.cli", None)
     monkeypatch.delattr(fastopt.bench, "cli", raising=False)
     assert main(["info"]) == 3
@@ -193,7 +192,7 @@ def test_command_that_cannot_be_imported_has_status_3(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the shell's pipes are POSIX's")
-def test_closed_pipe_gives_no_traceback():
+def test_closed_stdout_shows_no_traceback():
     paths = [str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     read, write = os.pipe()
@@ -205,7 +204,7 @@ def test_closed_pipe_gives_no_traceback():
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
-# Answers.
+# Results of the commands.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +215,7 @@ def test_closed_pipe_gives_no_traceback():
         (dict(status="not run", reason="its process ended with status -11"), 3),
     ],
 )
-def test_benchmark_has_status_1_for_wrong_results_and_3_for_a_crash(ours, status, monkeypatch):
+def test_benchmark_of_wrong_results_is_status_1_and_of_a_crash_3(ours, status, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda case, settings: result(case.name, **ours))
     assert main(BENCH) == status
 
@@ -277,14 +276,14 @@ def test_disagreement_of_one_optimizer_outweighs_divergence_of_another(monkeypat
     assert "Both trainings diverged" in out
 
 
-def test_learning_rate_that_overflows_float32_is_refused(capsys):
+def test_learning_rate_of_which_no_step_stays_in_float32_is_refused(capsys):
     with pytest.raises(SystemExit) as exited:
         main([*DEMO, "--lr", "1e38"])
     assert exited.value.code == 2
     assert "argument --lr: must be <= 1e+30, with which a step stays in float32, got 1e+38" in capsys.readouterr().err
 
 
-def test_failed_download_has_status_3(monkeypatch, capsys):
+def test_digits_that_cannot_be_fetched_are_no_bad_input(monkeypatch, capsys):
     def no_network(*arguments, **options):
         raise data.DownloadError("--download: torchvision could not fetch MNIST")
 
@@ -297,7 +296,7 @@ def test_failed_download_has_status_3(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["bench", "compare"], ["bench", "table"]])
-def test_help_states_what_exit_statuses_mean(command, capsys):
+def test_help_states_the_meaning_of_exit_statuses(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main([*command, "--help"])
     assert exited.value.code == 0

@@ -31,7 +31,7 @@ def test_library_from_installation_for_another_torch_or_python_is_not_loaded(cop
     install(copied)
     identity = copied.folder / "_C.json"
     identity.write_text(identity.read_text().replace(f'"{field}": "', f'"{field}": "not-'))
-    out, err = copied.run(textwrap.dedent(USE) + 'print(_native.info()["reason"])')
+    out, err = copied.run(textwrap.dedent(USE) + 'print(native.info()["reason"])')
     assert out.splitlines() == [
         "native-cpu-baseline",
         f"compiled just in time: the library from installation differs in {field}",
@@ -122,8 +122,8 @@ def test_wheel_and_sdist_carry_all_of_csrc(project):
 # The CUDA library in a wheel
 
 INFO_OF_CUDA = """
-    from fastopt import _native
-    print(_native.info()["cuda"])
+    from fastopt._build import native
+    print(native.info()["cuda"])
 """
 CUDA_FILES = {"fastopt/_cuda.so", "fastopt/_cuda.json"}
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import fastopt
 from common import assert_no_worse, kernel_calls
-from fastopt import _native
+from fastopt._build import native
 from loss_cases import make_values
 
 pytestmark = pytest.mark.native
@@ -22,7 +22,7 @@ cross_entropy = fastopt.functional.cross_entropy
 
 FIRST_USE = """
     import torch, fastopt
-    from fastopt import _native
+    from fastopt._build import native
 
     theirs = torch.nn.functional.cross_entropy
     x = torch.randn(64, 1000, requires_grad=True)
@@ -33,7 +33,7 @@ FIRST_USE = """
         torch.nn.functional.cross_entropy = theirs
     compiled = torch.compile(lambda x, target: fastopt.functional.cross_entropy(x, target), fullgraph=True)
     compiled(x, target).backward()
-    calls = _native.module().kernel_calls()["cross_entropy"] if _native.module() else 0
+    calls = native.module().kernel_calls()["cross_entropy"] if native.module() else 0
     expected = torch.autograd.grad(theirs(x, target), x)[0]
     torch.testing.assert_close(x.grad, expected)
     print("kernel calls", calls)
@@ -126,7 +126,7 @@ def test_a_gradient_that_nobody_takes_is_freed(compiled):
 
     def resident():
         gc.collect()
-        _native.empty_cache()
+        native.empty_cache()
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

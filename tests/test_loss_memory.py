@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import fastopt
-from fastopt import _build
+from fastopt._build import environment
 
 pytestmark = pytest.mark.native
 
@@ -74,7 +74,7 @@ def test_arrays_at_the_peak(shape, dtype, factor, is_transposed, allowed, in_pla
     assert min(arrays(F.cross_entropy, *case)) > 2.5
 
 
-@pytest.mark.skipif(bool(_build.sanitizers()), reason="a sanitizer keeps freed memory")
+@pytest.mark.skipif(bool(environment.sanitizers()), reason="a sanitizer keeps freed memory")
 def test_few_rows_of_many_classes_leave_nothing_behind():
     program = """
 import torch, fastopt

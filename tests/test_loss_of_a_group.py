@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from common import DTYPES, assert_no_worse, kernel_calls, threads
-from fastopt import _native
+from fastopt._build import native
 from test_loss_memory import peak
 from test_streaming import EVERY_SIZE, NONE, streaming_beyond
 
@@ -155,7 +155,7 @@ def test_freed_logits_raise(group):
 
 @pytest.mark.native
 def test_arguments_of_the_module_are_checked_before_they_are_read():
-    library = _native.module()
+    library = native.module()
     x, kept, target = torch.randn(4, 100), torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
     weight, numbers = torch.ones(100), torch.ones(5, 4, dtype=torch.float64)
     good = {"input": x, "target": target, "is_kept": kept, "weight": weight, "numbers": numbers}

@@ -1,4 +1,4 @@
-"""Where POSIX ends: a system without forks, file locks and the rest, as Windows, has the reference path."""
+"""A system without POSIX (no forks, no file locks), such as Windows, runs the reference path."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from fastopt.demo import vision
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What only POSIX has of what Python brings. torch is imported before, for it asks which system this is.
+# Hides all of Python's library that only POSIX has. torch is imported first, for it checks the system.
 HIDE = """
     import os, signal, sys, warnings
     import torch
@@ -56,7 +56,7 @@ TRAIN = """
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """fastopt and its sources without a library that installation has left."""
+    """fastopt and its sources without a library from installation."""
     folder = tmp_path_factory.mktemp("other") / "checkout"
     without = shutil.ignore_patterns("_C*", "_cuda.*", "__pycache__")
     shutil.copytree(ROOT / "fastopt", folder / "fastopt", ignore=without)
@@ -66,7 +66,7 @@ def checkout(tmp_path_factory):
 
 
 def run(checkout, code, **variables):
-    """A fresh process on a system that has nothing of POSIX; its exit status, output and warnings."""
+    """Exit status, output and warnings of a fresh process on a system without POSIX."""
     program = textwrap.dedent(HIDE) + textwrap.dedent(code)
     ours = {"PYTHONPATH": str(checkout), "FASTOPT_CACHE_DIR": str(checkout.parent / "cache")}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTOPT_")}
@@ -94,7 +94,7 @@ def test_without_posix_the_reference_path_serves_by_itself_after_one_warning(che
     assert not (checkout.parent / "cache").exists()
 
 
-COMMANDS = [  # what is typed, FASTOPT_BACKEND, exit status, what is printed, what is said
+COMMANDS = [  # arguments, FASTOPT_BACKEND, exit status, text in stdout, text in stderr
     (["info"], "auto", 0, "no kernels are compiled on", ""),
     (["info"], "reference", 0, "FASTOPT_BACKEND=reference", ""),
     (["build"], "auto", 3, "", "error: fastopt cannot be built: no kernels are compiled on"),
@@ -103,8 +103,8 @@ COMMANDS = [  # what is typed, FASTOPT_BACKEND, exit status, what is printed, wh
 ]
 
 
-@pytest.mark.parametrize(("arguments", "backend", "status", "printed", "said"), COMMANDS)
-def test_commands_run_without_posix(arguments, backend, status, printed, said, checkout):
+@pytest.mark.parametrize(("arguments", "backend", "status", "in_stdout", "in_stderr"), COMMANDS)
+def test_commands_run_without_posix(arguments, backend, status, in_stdout, in_stderr, checkout):
     found, out, err = run(
         checkout,
         f"""
@@ -117,8 +117,8 @@ def test_commands_run_without_posix(arguments, backend, status, printed, said, c
         HOME=str(checkout),
     )
     assert found == status, err
-    assert printed in out
-    assert said in err
+    assert in_stdout in out
+    assert in_stderr in err
     assert "Traceback" not in err
 
 
@@ -133,11 +133,11 @@ def test_a_machine_is_described_without_posix(checkout):
 
 def test_a_cache_on_a_drive_that_is_not_there_is_named(monkeypatch):
     """As Z:\\ may be on Windows, where no folder above it exists either."""
-    from fastopt import _environment
+    from fastopt._build import environment
 
-    monkeypatch.setattr(_environment.os.path, "lexists", lambda path: False)
+    monkeypatch.setattr(environment.os.path, "lexists", lambda path: False)
     with pytest.raises(ValueError, match="FASTOPT_CACHE_DIR must name a directory"):
-        _environment.check()
+        environment.check()
 
 
 @pytest.mark.parametrize("name", ["_C.so", "_C_stable.so", "_C.pyd", "_C_stable.pyd"])

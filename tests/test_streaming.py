@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fastopt
 from common import DTYPES, assert_no_worse, threads
-from fastopt import _native
+from fastopt._build import native
 from loss_cases import KINDS, LOGITS, Logits, Options, loss_and_grad, make_values, truth_of
 
 pytestmark = pytest.mark.native
@@ -21,11 +21,11 @@ options_of_kind = pytest.mark.parametrize("options", KINDS, ids=str)
 
 @contextlib.contextmanager
 def streaming_beyond(n_bytes):
-    before = _native.module().set_streaming_threshold(n_bytes)
+    before = native.module().set_streaming_threshold(n_bytes)
     try:
         yield
     finally:
-        _native.module().set_streaming_threshold(before)
+        native.module().set_streaming_threshold(before)
 
 
 def streamed_and_not(x, target, **options):

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from fastopt import _native
+from fastopt._build import native
 
 RULES = (
     "Sgd<{}>",
@@ -40,7 +40,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def functions():
     """Of each function below in the library, by its name and level, how many operations of each kind it has."""
-    library = _native.module().__file__
+    library = native.module().__file__
     command = ["objdump", "--disassemble", "--no-show-raw-insn", "--demangle", library]
     found, name = {}, None
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import _native
+from .._build import native
 from . import machine
 
 STRETCH_S = 30e-3  # of timed calls, after one untimed call
@@ -139,7 +139,7 @@ def peak_extra_bytes(started, device):
     started.call()
     started.reset()
     gc.collect()
-    _native.empty_cache()  # or the gradient would be found in memory that is resident already
+    native.empty_cache()  # or the gradient would be found in memory that is resident already
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -15,7 +15,8 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from .. import _native, reference
+from .. import reference
+from .._build import native
 from . import dtensors, vocab_parallel
 
 # Subclasses with a dispatch of their own (DTensor) support torch's operators, not ours.
@@ -124,8 +125,8 @@ def _cross_entropy(
         if not _has_kernels(input.device.type):
             return reference.torch_cross_entropy(*arguments)
         return torch.ops.fastopt.cross_entropy(*arguments)
-    if type(input) in _PLAIN_TYPES and (input.is_cpu or (input.is_cuda and _native.cuda())):
-        library = _native.module()
+    if type(input) in _PLAIN_TYPES and (input.is_cpu or (input.is_cuda and native.cuda())):
+        library = native.module()
         if library is None:
             if inplace_backward:
                 _check_may_overwrite(input)
@@ -141,7 +142,7 @@ def _cross_entropy(
 
 def _has_kernels(device_type: str) -> bool:
     """True if kernels take tensors of a device; the library is loaded while a program is traced, not when it runs."""
-    return device_type == "cpu" and _native.module() is not None or device_type == "cuda" and _native.cuda()
+    return device_type == "cpu" and native.module() is not None or device_type == "cuda" and native.cuda()
 
 
 # As torch.compiler.assume_constant_result does, without importing all of Dynamo.

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import _reduction
 
-from .. import _native
+from .._build import native
 
 
 class SavedGroup:
@@ -217,7 +217,7 @@ def _gradient(ctx, grad_loss):
 def _library(input):
     """The compiled kernels, if they may support these logits."""
     may_take = input.is_cpu and input.dim() <= 2 and not torch.compiler.is_compiling()
-    return _native.module() if may_take else None
+    return native.module() if may_take else None
 
 
 def _is_here(target, is_kept, n_classes):

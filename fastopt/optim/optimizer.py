@@ -10,7 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer
 
-from .. import _native
+from .._build import native
 from .._ops import KERNEL_DTYPES
 from .atomic import dense_tensors, lock_of, restoring_state, restoring_values
 from .hooks import run_closure, with_hooks_if_any, wrap_step_of
@@ -100,7 +100,7 @@ class FusedOptimizer(Optimizer):
     def _update_natively(self):
         plan = self._plan
         if plan is None:
-            library = _native.module()
+            library = native.module()
             if library is None:
                 return False
             copyreg.pickle(library.StepPlan, _no_plan)
@@ -125,7 +125,7 @@ class FusedOptimizer(Optimizer):
 
     def _update_without_kernels(self):
         devices = self._devices()
-        if devices is None or ("cuda" in devices and not _native.cuda()):
+        if devices is None or ("cuda" in devices and not native.cuda()):
             self._torch_step()
         else:
             with restoring_state(self):
