@@ -1,4 +1,4 @@
-"""What tests share: which path runs, and the rule by which a result is accepted."""
+"""Shared by all tests: the path that runs, and the rule by which a result is accepted."""
 
 import contextlib
 
@@ -11,12 +11,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_native():
-    """Whether the compiled kernels serve; builds them if need be."""
+    """True if the compiled kernels are used; builds them if need be."""
     return _native.module() is not None
 
 
 def kernel_calls(name):
-    """How often a kernel ran in this process: "update", "threaded_gather" (of them), "cross_entropy",
+    """Number of calls of a kernel in this process: "update", "threaded_gather" (of them), "cross_entropy",
     "cuda" (of both); 0 on the reference path."""
     module = _native.module()
     return module.kernel_calls()[name] if module is not None else 0

@@ -17,7 +17,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module", autouse=True)
 def device(request):
-    """Where the module's tests run now."""
+    """The device that the module's tests run on now."""
     with devices.running_on(getattr(request, "param", devices.CPU)) as name:
         yield name
 
@@ -25,7 +25,7 @@ def device(request):
 def pytest_collection_modifyitems(items):
     if is_native():
         return
-    skip = pytest.mark.skip(reason="the reference path serves")
+    skip = pytest.mark.skip(reason="needs the compiled kernels")
     for item in items:
         if "native" in item.keywords:
             item.add_marker(skip)

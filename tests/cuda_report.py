@@ -1,4 +1,4 @@
-"""What nvcc made of the kernels: architectures, registers, memory and accesses, read from the library's machine code.
+"""Properties of the compiled kernels, read from machine code: architectures, registers, memory, accesses.
 
     python tests/cuda_report.py LIBRARY
 
@@ -76,7 +76,7 @@ class Kernel:
 
     @property
     def arguments(self):
-        """What tells this kernel from others of its template."""
+        """The arguments that distinguish this kernel from others of its template."""
         inner = self.name.partition("(")[0].partition("<")[2].removesuffix(">")
         return inner.replace("fastopt::cuda::", "").replace("fastopt::", "")
 

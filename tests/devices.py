@@ -1,4 +1,4 @@
-"""Where the tables of tests run: on the CPU, through the CUDA kernels on the CPU (the shim), and on a GPU.
+"""The devices that tables of tests run on: the CPU, the CUDA kernels on the CPU (the shim), and a GPU.
 
 A module that sets ``RUNS_ON`` has all its tests run on each of those that is there.
 """
@@ -32,7 +32,7 @@ def current():
 
 
 def is_gpu():
-    """Whether the CUDA kernels serve, on a GPU or in its stead."""
+    """True if the CUDA kernels run, on a GPU or in the shim."""
     return _current != CPU
 
 

@@ -1,4 +1,4 @@
-"""Checks of cross-entropy whose classes are spread over processes, against torch's on all logits in float64."""
+"""Checks of cross-entropy whose classes are divided among processes, against torch's on all logits in float64."""
 
 import contextlib
 import copy

@@ -36,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Mode:
-    """How torch distributes a model. ``wrap`` returns the model that is trained."""
+    """A way to distribute a model. ``wrap`` returns the model that is trained."""
 
     wrap: Callable
     is_data_parallel: bool = True

@@ -1,4 +1,4 @@
-"""Checks of single steps of DTensor parameters: gradients placed otherwise, loss scaling, and what autograd is told."""
+"""Checks of single steps of DTensor parameters: gradients placed otherwise, loss scaling, version counters."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""What one process of a distributed test runs: every check of the tables, results by name in a JSON of rank 0's.
+"""One process of a distributed test: runs every check of the tables; rank 0 writes the results by name as JSON.
 
 Launched by torchrun as ``distributed_worker.py FOLDER``; the folder carries checkpoints from one launch to the next.
 """

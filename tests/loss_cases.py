@@ -161,7 +161,7 @@ class Options:
         }
 
 
-# 0.1 mixes target and spread; 1.0 leaves the target nothing.
+# 0.1 mixes target and uniform part; 1.0 leaves the target nothing.
 OPTIONS = [
     Options(kind, has_weight, smoothing, ignored, reduction)
     for (kind, ignored), has_weight, smoothing, reduction in itertools.product(

@@ -1,4 +1,4 @@
-"""What the tests of cross-entropy's modes share: small cases, and a call with torch's function and with ours."""
+"""Shared by the tests of cross-entropy's modes: small cases, and a call with torch's function and with ours."""
 
 import pytest
 import torch

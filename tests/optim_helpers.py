@@ -1,4 +1,4 @@
-"""What the tests of optimizers against torch's share: outcomes, errors among them, and programs for two classes."""
+"""Shared by the tests of optimizers against torch's: outcomes, errors among them, and programs for two classes."""
 
 import copy
 
@@ -9,7 +9,7 @@ import fastopt
 
 
 def outcome(call):
-    """What a call returns, or the exception it raises."""
+    """The value that a call returns, or the exception that it raises."""
     try:
         return call()
     except Exception as failure:

@@ -49,7 +49,7 @@ def attempt(name, action):
 
 
 class Actions:
-    """What the threads do to one optimizer and its parameters."""
+    """The actions of threads on one optimizer and its parameters."""
 
     def __init__(self, name, sizes):
         self.params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]

@@ -43,7 +43,7 @@ def same(a, b):
 
 
 def outcome(cls, name, n_steps, spoil, call, **options):
-    """What a call comes to: what it returns and leaves, or its exception and whether it has changed something."""
+    """The result of a call and all that it leaves, or its exception and whether it has changed something."""
     params, optimizer = make(cls, n_steps, {**CLASSES[name], **options})
     spoil(params, optimizer)
     before = contents(params, optimizer)
@@ -85,7 +85,7 @@ def assert_as_in_torch(ours, theirs):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", [row for row in STEPS if row not in {*CLEARER, *TAKEN, *NEGATIVE_VARIANCE}])
-def test_a_step_of_something_odd_ends_as_in_torch_or_changes_nothing(row):
+def test_step_with_odd_input_ends_as_in_torch_or_changes_nothing(row):
     for name, n_steps in each_way():
         ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (fastopt, torch.optim))
         assert_as_in_torch(ours, theirs)
@@ -93,15 +93,15 @@ def test_a_step_of_something_odd_ends_as_in_torch_or_changes_nothing(row):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", [row for row in TENSORS if row not in FUSED_REFUSES | NEGATIVE_VARIANCE])
-def test_an_odd_tensor_in_a_fused_optimizer_ends_as_in_torchs_that_is_not_fused(row):
-    """torch's fused kernels check neither shapes nor layouts; that ours do is not lost where torch serves."""
+def test_odd_tensor_with_fused_ends_as_in_torch_without_fused(row):
+    """torch's fused kernels check neither shapes nor layouts; ours do, also where torch's implementation runs."""
     for name, n_steps in itertools.product(("SGD", "Adam", "AdamW"), (0, 2)):
         ours = outcome(getattr(fastopt, name), name, n_steps, TENSORS[row], take_step, fused=True)
         assert_as_in_torch(ours, outcome(getattr(torch.optim, name), name, n_steps, TENSORS[row], take_step))
 
 
 @pytest.mark.parametrize("row", CLEARER)
-def test_what_is_no_number_is_named_with_its_value_and_changes_nothing(row):
+def test_error_for_a_non_number_holds_its_name_and_value(row):
     kind, message = CLEARER[row]
     for name, n_steps in each_way():
         ours = outcome(getattr(fastopt, name), name, n_steps, STEPS[row], take_step)
@@ -114,7 +114,7 @@ def test_what_is_no_number_is_named_with_its_value_and_changes_nothing(row):
 
 
 @pytest.mark.parametrize("row", TAKEN)
-def test_what_we_take_and_torch_may_not_is_what_it_says(row):
+def test_extra_accepted_values_equal_plain_numbers(row):
     for name, n_steps in each_way():
         ours = outcome(getattr(fastopt, name), name, n_steps, STEPS[row], take_step)
         plain = outcome(getattr(fastopt, name), name, n_steps, group(**TAKEN[row]), take_step)
@@ -122,7 +122,7 @@ def test_what_we_take_and_torch_may_not_is_what_it_says(row):
 
 
 @pytest.mark.parametrize("row", sorted(NEGATIVE_VARIANCE))
-def test_a_centered_variance_below_zero_is_no_worse_than_in_torch(row):
+def test_negative_centered_variance_is_no_worse_than_in_torch(row):
     for name, n_steps in each_way():
         ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (fastopt, torch.optim))
         if name == "RMSprop":
@@ -134,13 +134,13 @@ def test_a_centered_variance_below_zero_is_no_worse_than_in_torch(row):
 
 
 @pytest.mark.parametrize("row", CALLS)
-def test_an_odd_call_ends_as_in_torch_or_changes_nothing(row):
+def test_odd_call_ends_as_in_torch_or_changes_nothing(row):
     for name, n_steps in each_way():
         ours, theirs = (outcome(getattr(m, name), name, n_steps, leave, CALLS[row]) for m in (fastopt, torch.optim))
         assert_as_in_torch(ours, theirs)
 
 
-def test_the_table_is_of_use():
+def test_torch_refuses_most_rows_of_the_table():
     """Most rows are for torch to refuse."""
     outcomes = [outcome(torch.optim.SGD, "SGD", 2, spoil, take_step) for spoil in STEPS.values()]
     assert sum(map(is_failure, outcomes)) > 40

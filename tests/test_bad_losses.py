@@ -105,7 +105,7 @@ def outcome(function, args, options, requires_grad):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("row", ROWS)
-def test_an_odd_loss_ends_as_in_torch(row):
+def test_odd_arguments_of_the_loss_end_as_in_torch(row):
     args, options = ROWS[row]
     can_have_grad = (
         bool(args) and args[0].layout == torch.strided and not args[0].is_nested and args[0].is_floating_point()
@@ -120,7 +120,7 @@ def test_an_odd_loss_ends_as_in_torch(row):
 
 
 @pytest.mark.native
-def test_two_to_the_31_logits_are_counted_right():
+def test_more_than_2_to_the_31_logits_are_indexed_in_64_bits():
     """Zeros that the system has not even put into memory: log C, from a target in the last row too."""
     n_classes = 2**16
     x = torch.zeros(2**15 + 1, n_classes, dtype=torch.bfloat16)

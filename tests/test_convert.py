@@ -117,7 +117,7 @@ def torch_itself(state_dict):
     return state_dict
 
 
-# Whose layout, the optimizer that continues, its options, and options that the saved ones must replace.
+# The source's layout, the optimizer that continues, its options, and options that the saved ones must replace.
 SOURCES = [
     (apex_adam, "Adam", dict(lr=3e-3, betas=(0.8, 0.9), weight_decay=0.1), dict(lr=1.0, betas=(0.1, 0.1))),
     (apex_adam, "AdamW", dict(lr=3e-3, eps=1e-4, weight_decay=0.1), dict(lr=1.0, weight_decay=0.5)),
@@ -259,7 +259,7 @@ OF_SOURCE = {"adam": "Adam", "sgd": "SGD", "rmsprop": "RMSprop", "itself": "Adam
 @pytest.mark.parametrize(
     ("write", "name", "change", "message"), REFUSED, ids=[f"{row[0].__name__}-{row[1]}-{row[3]}" for row in REFUSED]
 )
-def test_what_cannot_be_continued_is_refused_by_name(write, name, change, message):
+def test_foreign_state_that_cannot_be_continued_is_refused_by_name(write, name, change, message):
     source = next(OF_SOURCE[part] for part in reversed(write.__name__.split("_")) if part in OF_SOURCE)
     (state_dict, params), _ = checkpoint(source, lr=0.01, **({"momentum": 0.9} if source == "SGD" else {}))
     foreign = write(state_dict)
@@ -272,7 +272,7 @@ def test_what_cannot_be_continued_is_refused_by_name(write, name, change, messag
 
 
 @pytest.mark.parametrize("bad", [None, {}, {"state": {}}, [1], {"param_groups": []}], ids=str)
-def test_what_is_no_state_dict_is_a_type_error(bad):
+def test_argument_that_is_no_state_dict_is_a_type_error(bad):
     with pytest.raises(TypeError, match="state_dict must be a dict with state and param_groups"):
         fastopt.convert_state_dict(bad, fastopt.SGD(make_params(SHAPES)))
 

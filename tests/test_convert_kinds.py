@@ -35,7 +35,7 @@ def trained(name, n_steps, **options):
     return params, optimizer
 
 
-def test_torch_has_the_optimizers_that_these_tests_are_about():
+def test_torch_has_the_optimizers_of_these_tests():
     assert {"Adafactor", "Adamax", "LBFGS", "NAdam", "RAdam", "SparseAdam", *OURS} <= set(TORCH)
 
 
@@ -52,7 +52,7 @@ def test_each_optimizer_of_torch_continues_as_itself_or_is_refused(name, n_steps
             fastopt.convert_state_dict(optimizer.state_dict(), continued)
 
 
-# Whose run, its decay, and the class that continues it: the group says whether the decay is decoupled.
+# The class that ran, its decay, and the class that continues it: the group says whether the decay is decoupled.
 CONTINUED = [("Adam", 0.0, "AdamW"), ("AdamW", 0.0, "Adam"), ("AdamW", 0.1, "Adam")]
 
 
@@ -89,7 +89,7 @@ SGD = dict(lr=0.01, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=Fals
 RMSPROP = dict(lr=0.01, alpha=0.9, eps=1e-8, weight_decay=0.1, momentum=0.9, centered=False)
 ADAM_STATES, SGD_STATES, RMSPROP_STATES = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",), ("square_avg",)
 KIND = "param_groups must have amsgrad or bias_correction, .* got lr"
-# Whose state dict, its options, its states, the optimizer that must not take it, and what is named.
+# Source of the state dict, its options, its states, the optimizer that must refuse it, and the message.
 FOREIGN = [
     (
         "apex FusedLAMB",
@@ -182,7 +182,7 @@ FOREIGN = [
 
 
 def saved(options, states):
-    """What an optimizer of these options and states saves after two steps."""
+    """The state dict of an optimizer with these options and states after two steps."""
     state = {name: torch.ones(3, 2) for name in states}
     return {"state": {0: {"step": 2, **state}}, "param_groups": [{**options, "params": [0]}]}
 
@@ -206,7 +206,7 @@ LEFT_IN_GROUPS = {
 
 @pytest.mark.parametrize("schedule", LEFT_IN_GROUPS.values(), ids=LEFT_IN_GROUPS)
 @pytest.mark.parametrize("name", OURS)
-def test_what_schedulers_and_names_of_parameters_leave_in_groups_is_kept(name, schedule):
+def test_group_entries_of_schedulers_and_parameter_names_are_kept(name, schedule):
     params = make_params([(3, 2)])
     optimizer = getattr(torch.optim, name)([("weight", params[0])], lr=0.1, **OPTIONS.get(name, {}))
     schedule(optimizer)
@@ -216,7 +216,7 @@ def test_what_schedulers_and_names_of_parameters_leave_in_groups_is_kept(name, s
     assert group.keys() >= {"param_names"}
 
 
-def test_options_of_the_user_pass_where_the_optimizer_has_them_too():
+def test_extra_group_options_pass_where_the_optimizer_has_them_too():
     params = make_params([(3, 2)])
     state_dict = torch.optim.Adam([{"params": params, "layer": 3}]).state_dict()
     with pytest.raises(ValueError, match="param_groups must have .* got layer too"):
@@ -225,7 +225,7 @@ def test_options_of_the_user_pass_where_the_optimizer_has_them_too():
     assert fastopt.convert_state_dict(state_dict, optimizer)["param_groups"][0]["layer"] == 3
 
 
-def test_options_of_how_torch_computes_are_known_to_every_optimizer():
+def test_implementation_flags_of_torch_are_accepted_by_every_optimizer():
     """A torch may have fused RMSprop, or a capturable SGD, before the optimizer that continues has the option."""
     for name, options in (("SGD", SGD), ("RMSprop", RMSPROP), ("Adam", dict(ADAM, amsgrad=False))):
         how = dict(foreach=None, fused=None, capturable=False, differentiable=False, maximize=False)
@@ -243,7 +243,7 @@ def test_options_of_how_torch_computes_are_known_to_every_optimizer():
         ("RMSprop", dict(ADAM, betas=(0.8, 0.0)), dict(lr=0.01, alpha=0.8, eps=1e-8, momentum=0.0)),
     ],
 )
-def test_bitsandbytes_before_its_first_step_is_known_by_its_options(into, options, expected):
+def test_bitsandbytes_before_its_first_step_is_recognized_by_its_options(into, options, expected):
     optimizer = getattr(fastopt, into)(make_params([(3, 2)]), lr=0.5)
     found = fastopt.convert_state_dict(
         {"state": {}, "param_groups": [{**options, "initial_lr": 0.02, "params": [0]}]}, optimizer

@@ -37,7 +37,7 @@ def target_and_options(logits, options, dtype=torch.float64, **changes):
 @loops
 @kinds
 @pytest.mark.parametrize("shift", [-1024.0, 4.0, 2.0**20])  # exact: logits are multiples of 2^-10 and stay so
-def test_a_shift_of_all_logits_changes_nothing(logits, options, shift):
+def test_shift_of_all_logits_changes_nothing(logits, options, shift):
     values = (make_values(logits.sizes, torch.float64) * 1024).round() / 1024
     target, arguments = target_and_options(logits, options)
     loss, grad = loss_and_grad(cross_entropy, values, target, **arguments)
@@ -49,7 +49,7 @@ def test_a_shift_of_all_logits_changes_nothing(logits, options, shift):
 @pytest.mark.native
 @loops
 @kinds
-def test_a_shift_of_all_logits_changes_no_bit_in_the_kernels(logits, options):
+def test_shift_of_all_logits_changes_no_bit_in_the_kernels(logits, options):
     values = (make_values(logits.sizes, torch.float32) * 64).round() / 64
     target, arguments = target_and_options(logits, options, torch.float32)
     loss, grad = loss_and_grad(cross_entropy, values, target, **arguments)
@@ -105,7 +105,7 @@ def test_gradients_of_a_row_sum_to_zero(logits, options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", KINDS[:3], ids=str)
 @pytest.mark.parametrize("junk", [1.0, float("nan"), float("inf"), -float("inf")])
-def test_ignored_rows_give_exactly_zero_whatever_they_hold(logits, dtype, options, junk):
+def test_ignored_rows_give_exactly_zero_for_any_logits(logits, dtype, options, junk):
     target, arguments = options.make(logits, dtype)
     ignored = target == -100
     x = torch.where(ignored.unsqueeze(1), torch.tensor(junk, dtype=dtype), make_values(logits.sizes, dtype))
@@ -211,7 +211,7 @@ def check(values, logits, options, grad_output=None):
     ours = loss_and_grad(cross_entropy, input, target, grad_output, **arguments)
     theirs = loss_and_grad(F.cross_entropy, input, target, grad_output, **arguments)
     truths = truth_of(F.cross_entropy, input, target, grad_output, **arguments)
-    # What a gradient's terms amount to before they cancel: with one class they leave 0.
+    # Size of a gradient's terms before they cancel: with one class they leave 0.
     unit = 1 / max(math.prod(logits.positions), 1) if options.reduction == "mean" else 1.0
     unit *= 1.0 if grad_output is None else grad_output.abs().max().item()
     for name, scale, own, other, truth in zip(("loss", "gradient"), (0.0, unit), ours, theirs, truths, strict=True):
@@ -270,7 +270,7 @@ def test_the_gradient_is_scaled_by_grad_output(logits, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "rows_apart", "classes_apart", "expanded"])
 @pytest.mark.parametrize("target_layout", ["contiguous", "transposed", "rows_apart", "classes_apart", "expanded"])
 @pytest.mark.parametrize("n_classes", [10, 100])
-def test_probabilities_may_lie_otherwise_than_logits(layout, target_layout, n_classes):
+def test_layout_of_probabilities_may_differ_from_that_of_logits(layout, target_layout, n_classes):
     logits = Logits((20, n_classes), layout, "")
     for options in KINDS[-2:]:
         target, arguments = options.make(logits, torch.float32)
@@ -294,7 +294,7 @@ def test_indices_and_weights_may_be_strided():
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
-def test_the_kernel_is_what_ran(logits, dtype):
+def test_native_kernel_is_the_one_that_ran(logits, dtype):
     x = logits.lay(make_values(logits.sizes, dtype))
     for options in KINDS:
         target, arguments = options.make(logits, dtype)
@@ -308,7 +308,7 @@ def test_the_kernel_is_what_ran(logits, dtype):
 
 @pytest.mark.native
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
-def test_the_gradient_lies_as_dense_logits_do(logits):
+def test_gradient_has_the_strides_of_dense_logits(logits):
     x = logits.lay(make_values(logits.sizes)).requires_grad_()
     target, arguments = KINDS[0].make(logits, torch.float32)
     (grad,) = torch.autograd.grad(cross_entropy(x, target, **arguments), x)

@@ -47,7 +47,7 @@ ROWS = [
     ([NAN, NAN, NAN], "nothing but NaN"),
     ([-1e4, -1e4, -1.0001e4], "a maximum that starts at 0 would underflow"),
     ([-6e4, -6.1e4, -6.5e4], "the same near the end of float16"),
-    ([6e4, -6e4, 0.0], "a spread that float16 cannot hold"),
+    ([6e4, -6e4, 0.0], "a difference that float16 cannot hold"),
     ([0.0, -87.0, -88.0], "exponentials at the smallest normal float"),
     ([0.0, -104.0, -746.0], "exponentials that are 0 in float and in double"),
     ([0.0, -0.0, 0.0], "signed zeros"),
@@ -55,7 +55,7 @@ ROWS = [
 
 
 def rows_of(n_classes, dtype):
-    """Each of the rows, its numbers spread to both ends and the middle of n_classes classes."""
+    """Each of the rows, its numbers placed at both ends and in the middle of n_classes classes."""
     x = torch.zeros(len(ROWS), n_classes, dtype=torch.float64)
     for i, (numbers, _) in enumerate(ROWS):
         x[i] = numbers[1]
@@ -89,7 +89,7 @@ def test_infinities_and_nan_give_what_torch_gives(dtype, n_classes, as_columns, 
     ("dtype", "low"),
     [(torch.float32, -1e38), (torch.float32, -3.4e38), (torch.float64, -1e308), (torch.float64, -1e38)],
 )
-def test_logits_near_the_lowest_number_count(n_classes, dtype, low):
+def test_logits_near_the_lowest_finite_number_contribute(n_classes, dtype, low):
     x = torch.full((4, n_classes), low, dtype=dtype)
     x[1, -1] = 0.0
     x[2, 0] = -low
@@ -119,7 +119,7 @@ def test_empty_logits_give_what_torch_gives(sizes, reduction, kind):
 
 @pytest.mark.parametrize("n_classes", [10, 100])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_mean_over_nothing_is_nan_and_its_gradient_zero(n_classes, smoothing):
+def test_mean_over_no_targets_is_nan_with_zero_gradient(n_classes, smoothing):
     x, target = make_values((4, n_classes)), torch.full((4,), -100)
     loss, grad = loss_and_grad(cross_entropy, x, target, label_smoothing=smoothing)
     assert loss.isnan()
@@ -131,7 +131,7 @@ def test_the_mean_over_nothing_is_nan_and_its_gradient_zero(n_classes, smoothing
 @pytest.mark.parametrize("weight", [NAN, INF, -INF])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("is_used", [False, True])
-def test_a_weight_that_is_not_finite_reaches_what_it_reaches_in_torch(n_classes, weight, reduction, is_used):
+def test_non_finite_weight_affects_the_same_results_as_in_torch(n_classes, weight, reduction, is_used):
     weights = torch.linspace(0.5, 1.5, n_classes)
     weights[3] = weight
     target = torch.tensor([0, 1, 3 if is_used else 2, n_classes - 1])
@@ -180,7 +180,7 @@ def check_inside_nan(sizes, options, dtype, offset=1):
 
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_classes(options, dtype):
+def test_every_number_of_classes_is_as_exact_as_torch(options, dtype):
     for n_classes in CLASS_COUNTS:
         check_inside_nan((3, n_classes), options, dtype)
         check_inside_nan((2, n_classes, 3), options, dtype)
@@ -188,7 +188,7 @@ def test_every_number_of_classes(options, dtype):
 
 @kinds
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_number_of_positions(options, dtype):
+def test_every_number_of_positions_is_as_exact_as_torch(options, dtype):
     for n in [*range(1, 34), 255, 256, 257]:  # lanes of a tile; a whole tile and its neighbours
         check_inside_nan((n, 3), options, dtype)
         check_inside_nan((1, 3, n), options, dtype)
@@ -205,7 +205,7 @@ def test_logits_may_start_at_any_element(offset, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_forward_operator_owns_no_more_memory_than_the_gradient(dtype):
+def test_forward_operator_allocates_no_more_than_the_gradient(dtype):
     x, target = make_values((5, 100), dtype), torch.arange(5)
     _, grad = torch.ops.fastopt.cross_entropy_forward(x, target, None, 1, -100, 0.0, True)
     assert grad.shape == x.shape
@@ -216,7 +216,7 @@ def test_the_forward_operator_owns_no_more_memory_than_the_gradient(dtype):
 
 
 def outcome(function, args, options):
-    """What a call comes to: a value, or the type and message of its exception."""
+    """The value of a call, or the type and message of its exception."""
     try:
         return function(*args, **options)
     except Exception as error:
@@ -309,7 +309,7 @@ BAD_CALLS = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("args", "options"), [row[1:] for row in BAD_TARGETS], ids=[row[0] for row in BAD_TARGETS])
-def test_targets_outside_raise_as_in_torch_and_make_nan_on_a_gpu(args, options):
+def test_targets_out_of_range_raise_as_in_torch_and_make_nan_on_a_gpu(args, options):
     if devices.is_gpu():  # nothing waits for the device to say it
         assert cross_entropy(*args, **options).isnan().any()
     else:
@@ -322,7 +322,7 @@ def test_odd_calls_end_as_in_torch(args, options):
 
 
 @pytest.mark.parametrize("call", [(None, T), (X, None), (X.tolist(), T), (X, 3), (X.numpy(), T)])
-def test_what_is_no_tensor_is_refused(call):
+def test_argument_that_is_no_tensor_is_refused(call):
     with pytest.raises(TypeError):
         F.cross_entropy(*call)
     with pytest.raises((TypeError, AttributeError)):
@@ -332,7 +332,7 @@ def test_what_is_no_tensor_is_refused(call):
 @pytest.mark.parametrize("bad", [-1, 100, 2**62, -(2**63)])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("n_classes", [5, 100])
-def test_a_target_outside_is_an_index_error_or_makes_its_own_row_nan(bad, requires_grad, n_classes):
+def test_target_out_of_range_is_an_index_error_or_makes_its_row_nan(bad, requires_grad, n_classes):
     x = make_values((300, n_classes)).requires_grad_(requires_grad)
     target = torch.zeros(300, dtype=torch.long)
     target[-1] = bad

@@ -163,7 +163,7 @@ def test_overwritten_logits_have_no_second_derivative():
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
-def test_no_graph_is_kept_where_none_is_wanted():
+def test_no_graph_is_made_without_grad():
     x = X.clone().requires_grad_()
     with torch.no_grad():
         assert not cross_entropy(x, T).requires_grad

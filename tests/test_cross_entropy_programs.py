@@ -210,7 +210,7 @@ def test_the_gradient_is_the_only_array_of_the_size_of_the_logits():
     assert large_allocations(cross_entropy, values.clone().requires_grad_(), target) <= 1
 
 
-def test_threads_do_not_disturb_each_other():
+def test_losses_in_several_threads_are_independent():
     cases = [make_case(Logits((64 + i, 10 * (i + 1)), "contiguous", ""), KINDS[i % 5]) for i in range(8)]
     expected = [loss_and_grad(cross_entropy, x, target, **arguments) for x, target, arguments in cases]
     failures = []
@@ -233,7 +233,7 @@ def test_threads_do_not_disturb_each_other():
 @pytest.mark.timed
 @pytest.mark.native
 @pytest.mark.parametrize("inplace_backward", [False, True])
-def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward):
+def test_large_loss_releases_the_interpreter_lock(inplace_backward):
     x, target = torch.zeros(400, 20_000, requires_grad=True), torch.zeros(400, dtype=torch.long)
     cross_entropy(x * 1, target)  # so that the library is loaded
     times, is_done = [], threading.Event()
@@ -244,7 +244,7 @@ def test_another_thread_goes_on_while_a_large_loss_is_computed(inplace_backward)
             time.sleep(1e-4)
 
     switch_interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # so that nobody else runs unless the loss lets the interpreter go
+    sys.setswitchinterval(60)  # so that no other thread runs unless the loss releases the lock
     worker = threading.Thread(target=note_the_time)
     worker.start()
     try:

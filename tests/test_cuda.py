@@ -1,4 +1,4 @@
-"""What only the CUDA path has: launches and their tables, numbers that stay on the device, roads by size, errors."""
+"""Parts of the CUDA path alone: launches and their tables, numbers that stay on the device, kernels by size, errors."""
 
 import ctypes
 import itertools
@@ -22,7 +22,7 @@ NEEDS_STEP = [case for case in OPTIM_CASES if case.name != "SGD"]
 
 
 def shim():
-    """The shim's own functions; only where it serves."""
+    """The shim's own functions; only where it runs."""
     return ctypes.CDLL(str(devices.shim_library()))
 
 
@@ -57,7 +57,7 @@ def assert_near(case, ours, truth, slack=16):
 
 
 @cases
-def test_the_cuda_library_is_what_steps(case):
+def test_step_runs_in_the_cuda_library(case):
     before = kernel_calls("cuda")
     step_both(case, [(5,), (3000,)], n_steps=3)
     assert kernel_calls("cuda") == before + 3
@@ -65,7 +65,7 @@ def test_the_cuda_library_is_what_steps(case):
 
 @cases
 @pytest.mark.parametrize("n_tensors", [39, 40, 41, 489, 490, 491, 1200])
-def test_any_number_of_tensors_finds_its_table(case, n_tensors):
+def test_every_number_of_tensors_is_stepped_whole(case, n_tensors):
     """In the arguments of a short and of a long launch, and in device memory."""
     if n_tensors > 100 and case is not NEEDS_STEP[0]:
         case = next(c for c in OPTIM_CASES if c.name == case.name)  # one of each optimizer
@@ -82,7 +82,7 @@ def test_chunks_of_long_tensors_cover_every_element_once(case):
 
 
 @pytest.mark.parametrize("n_groups", [7, 8, 9, 30])
-def test_more_groups_than_a_launch_has_rules(n_groups):
+def test_more_groups_than_one_launch_holds_are_stepped(n_groups):
     results = []
     for cls, dtype in ((fastopt.Adam, torch.float32), (torch.optim.Adam, torch.float64)):
         params = make_params([(9,)] * n_groups, dtype)
@@ -194,7 +194,7 @@ def test_mixtures_without_a_kernel_are_refused():
 
 # --- Cross-entropy ----------------------------------------------------------------------------------------------------
 
-ROADS = [
+KERNEL_KINDS = [
     ((1, 10), "a thread for the row"),
     ((600, 10), "threads for rows, several blocks"),
     ((3, 33), "a warp for each row, one block"),
@@ -211,10 +211,10 @@ ROADS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "why"), ROADS, ids=[why for _, why in ROADS])
+@pytest.mark.parametrize(("shape", "why"), KERNEL_KINDS, ids=[why for _, why in KERNEL_KINDS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @kinds
-def test_every_road_is_as_exact_as_torch(shape, why, dtype, options):
+def test_every_kernel_kind_is_as_exact_as_torch(shape, why, dtype, options):
     if shape[0] > 30_000 and (dtype != torch.float32 or options.ignored != "some" or options.smoothing == 0):
         pytest.skip("one dtype will do")
     x = make_values(shape, dtype)
@@ -246,7 +246,7 @@ AROUND_LIMITS = [
 @pytest.mark.parametrize("row_bytes", AROUND_LIMITS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["index", "probability"])
-def test_rows_of_any_size_have_their_gradients_in_shared_memory_or_beyond(row_bytes, dtype, kind):
+def test_rows_of_any_size_are_exact_in_shared_memory_or_beyond(row_bytes, dtype, kind):
     for n_classes in (row_bytes // dtype.itemsize, row_bytes // dtype.itemsize + 1):
         x = make_values((5, n_classes), dtype)
         target = to_device(torch.tensor([0, 7, n_classes - 1, n_classes // 2, -100]))
@@ -258,7 +258,7 @@ def test_rows_of_any_size_have_their_gradients_in_shared_memory_or_beyond(row_by
             assert_no_worse(a, b, c, slack=128 if dtype == torch.float64 else 8)
 
 
-def test_no_call_changes_the_limit_of_shared_memory_that_another_has_set():
+def test_limit_of_shared_memory_is_set_once_a_kernel():
     """Else a thread could lower it between another's setting and launch."""
     if devices.current() != devices.SHIM_DEVICE:
         pytest.skip("the shim counts changes")
@@ -348,8 +348,8 @@ class Library(ctypes.Structure):
     )
 
 
-@pytest.mark.parametrize(("driver", "serves"), [(12000, False), (12009, False), (12010, True), (13000, True)])
-def test_a_driver_that_cannot_launch_the_kernels_is_named(monkeypatch, driver, serves):
+@pytest.mark.parametrize(("driver", "works"), [(12000, False), (12009, False), (12010, True), (13000, True)])
+def test_driver_too_old_for_the_kernels_is_named(monkeypatch, driver, works):
     if devices.current() != devices.SHIM_DEVICE:
         pytest.skip("the shim has any driver")
     function = shim().fastopt_cuda_library
@@ -358,12 +358,12 @@ def test_a_driver_that_cannot_launch_the_kernels_is_named(monkeypatch, driver, s
     assert library.is_host_shim
     monkeypatch.setenv("FASTOPT_SHIM_DRIVER", str(driver))
     error = library.probe()
-    assert (error == 0) == serves
-    if not serves:
+    assert (error == 0) == works
+    if not works:
         assert b"the driver is older than CUDA 12.1" in library.error_text(error)
 
 
-def test_only_a_shim_is_taken_for_one(tmp_path):
+def test_library_that_is_no_shim_is_refused(tmp_path):
     if devices.current() != devices.SHIM_DEVICE:
         pytest.skip("the shim's own")
     module = fastopt._native.module()

@@ -1,4 +1,4 @@
-"""What only a GPU shows: captured graphs, streams, scalers, autocast, compilers, large arrays, waiting, memory."""
+"""Behaviour that needs a GPU: captured graphs, streams, scalers, autocast, compilers, large arrays, waiting, memory."""
 
 import contextlib
 import itertools
@@ -127,7 +127,7 @@ def test_make_graphed_callables_takes_the_loss():
     check_loss(make_values((64, 50)), make_target(64, 50), function=graphed)
 
 
-def test_side_streams_may_step_and_compute_losses_in_turn():
+def test_side_streams_step_and_compute_losses_in_turn():
     (own, optimizer), (other, theirs) = make_both("Adam", dict(lr=1e-2), [(64,)] * 1000)  # their table is on the device
     x, target = make_values((512, 32_000)).requires_grad_(), make_target(512, 32_000)
     with kernels_run(30 * 2):
@@ -144,7 +144,7 @@ def test_side_streams_may_step_and_compute_losses_in_turn():
     assert_near([loss, grad], loss_cases.truth_of(F.cross_entropy, x, target))
 
 
-def test_host_threads_may_each_have_a_stream():
+def test_host_threads_with_streams_of_their_own_are_independent():
     def work(seed):
         with torch.cuda.stream(torch.cuda.Stream()):
             for sizes in ((5, 12_200), (7, 24_500), (300, 1000), (4, 100_000), (64, 10)) * 6:
@@ -207,7 +207,7 @@ def test_a_compiled_program_calls_the_kernel(options):
     assert_near(found, loss_cases.truth_of(lambda a, b: F.cross_entropy(a * 2, b), x, target))
 
 
-def test_arrays_beyond_2_to_the_31_elements_are_counted_in_64_bits():
+def test_arrays_beyond_2_to_the_31_elements_are_indexed_in_64_bits():
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free memory")
     x, target = make_values((1, 32_768), BF16).expand(70_000, -1).contiguous(), make_target(70_000, 32_768)
@@ -230,7 +230,7 @@ def test_a_slice_of_logits_has_the_gradient_of_the_whole(dtype, tolerance):
     check_loss(lm, make_target(128, 1000), tolerance, logits_of=lambda x: x[:, :-1].reshape(-1, 1000))
 
 
-def test_targets_that_are_no_class_make_nan_of_their_rows():
+def test_targets_out_of_range_make_their_rows_nan():
     x, target = make_values((8, 1000)), make_target(8, 1000)
     target[3], target[4] = 1000, -5
     with kernels_run(1):
@@ -240,7 +240,7 @@ def test_targets_that_are_no_class_make_nan_of_their_rows():
 
 
 @optimizers
-def test_nothing_waits_for_the_device(name, options, request):
+def test_steps_and_losses_do_not_synchronize(name, options, request):
     x, target, params = make_values((512, 1000)).requires_grad_(), make_target(512, 1000), make_params([(64, 64)] * 600)
     optimizer = getattr(fastopt, name)(params, **options)
     optim_cases.set_grads(params, seed=0)

@@ -62,7 +62,7 @@ def load(path):
     return library
 
 
-# What a process of its own runs after loading the library.
+# Opening of the programs that run in a process of their own.
 PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -94,7 +94,7 @@ def unsigneds(*values):
 
 
 def sums_are_right(library, kind=0, rows=3, n=1000, blocks=2, threads=256):
-    """Whether the sums of rows of small whole numbers, which add without error, are right."""
+    """True if the sums of rows of small whole numbers, which add without error, are right."""
     values = [(7 * i + i // n) % 13 for i in range(rows * n)]
     out = (ctypes.c_float * rows)()
     assert library.sum_rows(kind, (ctypes.c_float * len(values))(*values), out, rows, n, blocks, threads) == SUCCESS
@@ -149,7 +149,7 @@ def test_seed_fixes_the_order(library, blocks, threads):
 
 
 @pytest.mark.parametrize(("threads", "per_group"), [(32, 1), (96, 32)])  # lanes at a __syncwarp, warps at a barrier
-def test_last_to_come_need_not_be_first_to_leave(library, threads, per_group):
+def test_last_thread_at_a_barrier_need_not_leave_first(library, threads, per_group):
     pairs = []
     for seed in SEEDS:
         library.fastopt_shim_seed(seed)
@@ -168,7 +168,7 @@ def test_seed_and_multiprocessors_come_from_the_environment(path):
     assert run_apart(path, code, FASTOPT_SHIM_MULTIPROCESSORS="7").stdout.split()[0] == "7"
 
 
-def test_portable_switch_of_fibers_serves_too(tmp_path):
+def test_portable_switch_of_fibers_gives_the_same(tmp_path):
     portable = load(compile_library(tmp_path, "-DFASTOPT_SHIM_UCONTEXT"))
     for seed in (IN_ORDER, 0, 1):
         portable.fastopt_shim_seed(seed)
@@ -200,7 +200,7 @@ def test_portable_switch_of_fibers_serves_too(tmp_path):
         ("kMuchStaticShared", ["wrote 768 bytes of static shared memory", "kStaticSharedBytes"]),
     ],
 )
-def test_misdeed_aborts_with_a_message(path, deed, messages):
+def test_misuse_aborts_with_a_message(path, deed, messages):
     done = run_apart(path, f"library.do_misdeed({MISDEEDS.index(deed)})")
     assert done.returncode == -6, done.stderr
     for message in messages:
@@ -211,7 +211,7 @@ def test_misdeed_aborts_with_a_message(path, deed, messages):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("deed", ["kBarrierInBranch", "kExitedLaneInMask", "kTwoCollectives", "kTwoMasks"])
-def test_misdeed_aborts_in_any_order(path, deed, seed):
+def test_misuse_aborts_in_any_order(path, deed, seed):
     done = run_apart(path, f"library.do_misdeed({MISDEEDS.index(deed)})", FASTOPT_SHIM_SEED=str(seed))
     assert done.returncode == -6, done.stderr
     assert "kernel misdeed, block (0, 0, 0)" in done.stderr
@@ -320,7 +320,7 @@ def test_changes_of_a_kernels_limit_are_counted(library):
     assert [n - counts[0] for n in counts] == [0, 0, 1, 2, 2, 2]
 
 
-def test_next_launch_fails_once_when_told_to(library):
+def test_injected_launch_failure_occurs_once(library):
     shape, count = unsigneds(1, 1, 1), ctypes.c_uint()
     library.fastopt_shim_fail_next(719)
     errors = [library.launch_shape(shape, shape, 0, -1, ctypes.byref(count)) for _ in range(2)]
@@ -415,7 +415,7 @@ def source_of(kind, lane, argument, width):
 
 
 def exchange(library, kind, mask, argument, width):
-    """What each lane in the mask gets; the others None."""
+    """The value that each lane in the mask gets; None for the others."""
     kinds = ("shfl", "up", "down", "xor", "ballot", "any", "all")
     kinds += ("reduce_add", "reduce_min", "reduce_max", "reduce_max_unsigned", "reduce_xor")
     out = (ctypes.c_int64 * 32)()
@@ -426,7 +426,7 @@ def exchange(library, kind, mask, argument, width):
 
 @pytest.mark.parametrize("width", [1, 2, 8, 16, 32])
 @pytest.mark.parametrize("kind", ["shfl", "up", "down", "xor"])
-def test_shuffles_read_the_lane_that_the_manual_says(library, kind, width):
+def test_shuffles_read_the_documented_lane(library, kind, width):
     for seed in (IN_ORDER, 0, 1):
         library.fastopt_shim_seed(seed)
         for argument in (0, 1, 3, 8, 16, 31):

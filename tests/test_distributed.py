@@ -61,7 +61,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("n_processes", "name"), CHECKS)
-def test_several_processes_are_one(n_processes, name, results):
+def test_several_processes_give_the_result_of_one(n_processes, name, results):
     for rank, result in enumerate(results[n_processes, name]):
         assert "error" not in result, f"process {rank}: {result['error']}"
         if name.endswith("/float64"):
@@ -73,7 +73,7 @@ def test_several_processes_are_one(n_processes, name, results):
         assert result.get("difference", 0.0) <= TOLERANCE
 
 
-def test_the_demo_of_two_processes_is_the_demo_of_one(tmp_path, monkeypatch):
+def test_demo_of_two_processes_gives_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTOPT_DATA", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     config = train.Config("lenet", steps=6, batch_size=32)
@@ -82,16 +82,16 @@ def test_the_demo_of_two_processes_is_the_demo_of_one(tmp_path, monkeypatch):
     assert code == 0, out + err
     assert out.count("Parity holds.") == 1, "one process speaks for all"
     assert "batch 32 shared by 2 processes" in out
-    told = json.loads((tmp_path / "out.json").read_text())
-    assert told["processes"] == 2
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["processes"] == 2
     one = train.compare("adam", config, data.draw())
     for side in ("torch", "fastopt"):
-        found, expected = told["results"][0][side], getattr(one, side)
+        found, expected = report["results"][0][side], getattr(one, side)
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert found["accuracy_percent"] == pytest.approx(expected["accuracy_percent"], abs=0.2)
 
 
-def test_a_batch_that_processes_cannot_share_equally_is_refused(monkeypatch, capsys):
+def test_batch_not_divisible_by_the_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(data, "load", lambda *_, **__: data.draw(100, 10))
     with pytest.raises(SystemExit, match="2"):

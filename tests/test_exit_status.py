@@ -150,7 +150,7 @@ def test_kernels_that_cannot_be_built_are_one_line(command_line, kind, status, m
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_info_of_kernels_that_are_asked_for_and_cannot_be_loaded_tells_and_fails(arguments, monkeypatch, capsys):
+def test_info_of_required_kernels_that_cannot_be_loaded_fails_with_the_reason(arguments, monkeypatch, capsys):
     def broken():
         raise BuildError("the library is broken", "delete it")
 
@@ -175,7 +175,7 @@ def test_info_of_kernels_that_are_asked_for_and_cannot_be_loaded_tells_and_fails
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("name", COMMANDS)
-def test_what_crashes_shows_its_traceback_and_is_no_answer(name, raised, status, monkeypatch, capsys):
+def test_crash_shows_its_traceback_and_exits_with_3(name, raised, status, monkeypatch, capsys):
     def crash(args, parser):
         raise raised
 
@@ -185,7 +185,7 @@ def test_what_crashes_shows_its_traceback_and_is_no_answer(name, raised, status,
     assert ("Traceback" in err and f"{type(raised).__name__}: a fault" in err) == (status == 3)
 
 
-def test_command_that_cannot_be_imported_is_no_answer(monkeypatch, capsys):
+def test_command_that_cannot_be_imported_exits_with_3(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastopt.bench.cli", None)
     monkeypatch.delattr(fastopt.bench, "cli", raising=False)
     assert main(["info"]) == 3
@@ -193,7 +193,7 @@ def test_command_that_cannot_be_imported_is_no_answer(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the shell's pipes are POSIX's")
-def test_reader_that_has_enough_sees_no_traceback():
+def test_closed_pipe_shows_no_traceback():
     paths = [str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     read, write = os.pipe()
@@ -216,7 +216,7 @@ def test_reader_that_has_enough_sees_no_traceback():
         (dict(status="not run", reason="its process ended with status -11"), 3),
     ],
 )
-def test_benchmark_of_wrong_results_answers_no_and_a_crash_is_no_answer(ours, status, monkeypatch):
+def test_benchmark_exits_with_1_for_wrong_results_and_3_for_a_crash(ours, status, monkeypatch):
     monkeypatch.setattr(runner, "run", lambda case, settings: result(case.name, **ours))
     assert main(BENCH) == status
 
@@ -257,7 +257,7 @@ VERDICTS = {  # losses of torch and of fastopt, errors on the same logits and gr
 
 
 @pytest.mark.parametrize(("torch", "ours", "losses", "updates", "diverged"), VERDICTS.values(), ids=VERDICTS)
-def test_trainings_diverged_if_both_lost_their_loss_and_agreed_until_then(torch, ours, losses, updates, diverged):
+def test_trainings_diverged_if_both_losses_grew_and_agreed_until_then(torch, ours, losses, updates, diverged):
     verdict = judge(torch, ours, losses, updates)
     assert (verdict.ok, verdict.diverged) == (False, diverged)
     assert any("'s loss in step" in reason for reason in verdict.reasons)
@@ -277,14 +277,14 @@ def test_disagreement_of_one_optimizer_outweighs_divergence_of_another(monkeypat
     assert "Both trainings diverged" in out
 
 
-def test_learning_rate_of_which_no_step_stays_in_float32_is_refused(capsys):
+def test_learning_rate_beyond_float32_is_refused(capsys):
     with pytest.raises(SystemExit) as exited:
         main([*DEMO, "--lr", "1e38"])
     assert exited.value.code == 2
     assert "argument --lr: must be <= 1e+30, with which a step stays in float32, got 1e+38" in capsys.readouterr().err
 
 
-def test_digits_that_cannot_be_fetched_are_no_bad_input(monkeypatch, capsys):
+def test_failed_download_of_digits_exits_with_3(monkeypatch, capsys):
     def no_network(*arguments, **options):
         raise data.DownloadError("--download: torchvision could not fetch MNIST")
 

@@ -25,7 +25,7 @@ REDUCED = [
 
 
 class Produce(torch.autograd.Function):
-    """What a layer hands on: memory of its own, no view, no leaf."""
+    """Output of a layer: memory of its own, no view, no leaf."""
 
     @staticmethod
     def forward(ctx, values):
@@ -50,7 +50,7 @@ def in_place(values, target, grad_output=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", REDUCED, ids=str)
 @pytest.mark.parametrize("logits", WALKABLE, ids=str)
-def test_the_gradient_is_as_exact_and_lies_over_the_logits(logits, options, dtype):
+def test_gradient_is_as_exact_and_overwrites_the_logits(logits, options, dtype):
     x = make_values(logits.sizes, dtype)
     target, arguments = options.make(logits, dtype)
     values = logits.lay(x.clone())
@@ -62,7 +62,7 @@ def test_the_gradient_is_as_exact_and_lies_over_the_logits(logits, options, dtyp
     assert torch.equal(values, grad)
     others = loss_and_grad(F.cross_entropy, logits.lay(x), target, **arguments)
     truth = truth_of(F.cross_entropy, logits.lay(x), target, **arguments)
-    # What a gradient's terms amount to before they cancel: with one class they leave 0.
+    # Size of a gradient's terms before they cancel: with one class they leave 0.
     unit = 1 / max(math.prod(logits.positions), 1) if options.reduction == "mean" else 1.0
     for scale, *results in zip((0.0, unit), (loss, grad), others, truth, strict=True):
         own, other, exact = (torch.cat([v.flatten(), v.new_tensor([scale])]) for v in results)
@@ -71,7 +71,7 @@ def test_the_gradient_is_as_exact_and_lies_over_the_logits(logits, options, dtyp
 
 @native
 @pytest.mark.parametrize("factor", [0.5, [2.0, -1.0, 0.0]])
-def test_the_losss_own_gradient_is_a_factor(factor):
+def test_gradient_of_the_loss_multiplies_the_result(factor):
     x, target = make_values((3, 100)), torch.tensor([5, -100, 99])
     factor = torch.tensor(factor)
     arguments = dict(reduction="none" if factor.dim() else "mean")
@@ -80,7 +80,7 @@ def test_the_losss_own_gradient_is_a_factor(factor):
 
 
 @native
-def test_logits_are_whole_until_the_backward_and_their_version_tells():
+def test_logits_are_unchanged_until_the_backward_which_bumps_their_version():
     weight = make_values((6, 10)).requires_grad_()
     x = weight * 1
     before, version = x.detach().clone(), x._version
@@ -93,7 +93,7 @@ def test_logits_are_whole_until_the_backward_and_their_version_tells():
 
 
 @pytest.mark.parametrize("logits", COPIED, ids=str)
-def test_logits_that_no_kernel_walks_stay_whole(logits):
+def test_logits_in_a_layout_without_a_kernel_are_not_overwritten(logits):
     x = make_values(logits.sizes)
     target, arguments = KINDS[1].make(logits, torch.float32)
     values = logits.lay(x.clone())
@@ -176,7 +176,7 @@ SHARED = [
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("make", SHARED, ids=lambda f: f.__name__)
 def test_logits_that_share_memory_get_torchs_gradient_or_are_refused(make, reduction, factor, n_uses):
-    """What is overwritten first would be read afterwards."""
+    """Logits that the first backward overwrites are read by the second."""
 
     def grads(function, **in_place):
         leaf = (make_values((60,)).abs() + 0.1).requires_grad_()
@@ -249,7 +249,7 @@ def one_of_several_views():
 
 @native
 @pytest.mark.parametrize("make", [leaf, view_of_leaf, expanded, one_of_several_views], ids=lambda f: f.__name__)
-def test_what_may_not_be_overwritten_raises_what_torch_raises(make):
+def test_logits_that_may_not_be_overwritten_raise_what_torch_raises(make):
     with pytest.raises(RuntimeError) as theirs:
         make()[1].mul_(2)
     _, x = make()
@@ -282,7 +282,7 @@ CHANGED = "has been modified by an inplace operation"
     ],
     ids=["saved by the producer", "two backwards", "saved by another consumer", "changed before"],
 )
-def test_whoever_needs_the_values_raises(misuse):
+def test_other_backwards_that_saved_the_logits_raise(misuse):
     x = make_values((6, 10)).requires_grad_()
     y = x.tanh()
     loss = cross_entropy(y, torch.arange(6), inplace_backward=True)

@@ -1,4 +1,4 @@
-"""The memory of large gradients: the block that was freed last serves the next one, and nobody else's."""
+"""The memory of large gradients: the block that was freed last is reused for the next one only."""
 
 import gc
 import threading
@@ -31,17 +31,17 @@ def _fresh():
 
 
 @pytest.mark.parametrize(
-    ("n_rows", "is_served"),
+    ("n_rows", "is_reused"),
     [(1000, True), (990, True), (600, True), (400, False), (1200, False)],
 )
-def test_a_freed_gradient_serves_the_next_of_about_its_size(n_rows, is_served):
+def test_memory_of_a_freed_gradient_is_reused_for_one_of_about_its_size(n_rows, is_reused):
     grad, *_ = gradient()
     where = grad.data_ptr()
     del grad
     again, x, target = gradient(n_rows, seed=1)
-    if is_served:
+    if is_reused:
         assert again.data_ptr() == where
-    assert fastopt.empty_cache() == 0  # what did not serve is gone
+    assert fastopt.empty_cache() == 0  # a block that was not reused is gone
     expected = torch.autograd.grad(F.cross_entropy(x, target), x)[0]
     torch.testing.assert_close(again, expected)
 
@@ -59,7 +59,7 @@ def test_one_block_is_kept_and_can_be_freed():
     [lambda g: g[1:], lambda g: g.numpy(), lambda g: g.untyped_storage(), lambda g: torch.utils.dlpack.from_dlpack(g)],
     ids=["view", "numpy", "storage", "dlpack"],
 )
-def test_memory_that_is_still_held_is_not_given_out(hold):
+def test_memory_that_is_still_referenced_is_not_reused(hold):
     grad, *_ = gradient()
     expected = grad.clone()
     held = hold(grad)

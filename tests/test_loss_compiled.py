@@ -54,8 +54,8 @@ def first_use(cache, backend, was_replaced):
     [(False, ("reference", "native", "native", "reference")), (True, ("native", "reference"))],
 )
 def test_the_first_use_in_a_process_takes_the_kernels(was_replaced, backends, tmp_path):
-    """Whatever is cached: a program that was compiled without kernels is not taken for one with them, nor the other way
-    round. And if the loss was in the place of torch's: Dynamo lists torch's functions at its first compilation, and
+    """A cached program that was compiled without kernels is not used with them, nor the other way round. And if the
+    loss was in the place of torch's: Dynamo lists torch's functions at its first compilation, and
     looks into none of them ever after.
     """
     for backend in backends:
@@ -120,7 +120,7 @@ def test_two_losses_of_the_same_logits_have_gradients_of_their_own():
     torch.testing.assert_close(found, reference)
 
 
-def test_a_gradient_that_nobody_takes_is_freed(compiled):
+def test_gradient_without_a_consumer_is_freed(compiled):
     """With the program's own tensors, not at the end of the process."""
     x, target = torch.randn(512, 8000, requires_grad=True), torch.randint(0, 8000, (512,))
 

@@ -67,7 +67,7 @@ def test_factors_of_each_position_are_the_same_after_any_number(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_factor_that_comes_again_costs_no_kernel(dtype):
+def test_repeated_factor_costs_no_kernel(dtype):
     x, target = logits_and_target((64, 1000), dtype)
     gradient(cross_entropy, x, target, 0.125)
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_overwritten_logits_do_not_change_the_gradient(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 @pytest.mark.parametrize("retains", [False, True])
-def test_logits_that_were_overwritten_unseen_give_no_other_gradient(retains, factor, dtype):
+def test_logits_overwritten_through_data_give_the_same_gradient_or_raise(retains, factor, dtype):
     """Through .data, or as NumPy's array: the gradient is right, or there is an error."""
     x, target = logits_and_target((64, 100), dtype)
     gradient(cross_entropy, x, target, 1.0)
@@ -195,8 +195,8 @@ def test_a_rounded_gradient_of_overwritten_logits_takes_a_factor_near_its_own():
         backward_after_overwriting(x, target, 1024.0)
 
 
-def test_who_overwrites_each_loss_logits_may_have_any_factors():
-    """What the next backward finds is expected to be as in the last one."""
+def test_any_factors_work_where_the_logits_of_each_loss_are_overwritten():
+    """The next backward is expected to find the logits as the last one did."""
     x, target = logits_and_target((64, 100), F16)
     factors = (1.0, 1024.0, 1.0, 30000.0, 30000.0)
     expected = [gradient(cross_entropy, x, target, factor) for factor in factors]
@@ -226,7 +226,7 @@ def test_a_rounded_gradient_is_computed_again_for_what_is_no_number():
 # --- What is saved, and what numbers are ------------------------------------------------------------------------------
 
 
-def test_hooks_for_saved_tensors_are_asked_once():
+def test_hooks_for_saved_tensors_are_called_once():
     x, target = logits_and_target((64, 100), torch.float32)
     for factor in (1.0, 0.5, 0.25):
         unpacked = []

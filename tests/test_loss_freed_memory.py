@@ -136,7 +136,7 @@ FREED = """
 """
 
 
-def test_a_process_survives_logits_that_were_freed():
+def test_logits_that_were_freed_do_not_crash_the_process():
     """By itself: where it is not so, the others end with the process."""
     command = [sys.executable, "-c", textwrap.dedent(FREED)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])

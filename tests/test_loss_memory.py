@@ -1,4 +1,4 @@
-"""How much memory a loss and its backward take, in arrays of the size of the logits, by torch's own profiler."""
+"""Memory of a loss and its backward, in arrays of the size of the logits, by torch's own profiler."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def test_arrays_at_the_peak(shape, dtype, factor, is_transposed, allowed, in_pla
 
 
 @pytest.mark.skipif(bool(_build.sanitizers()), reason="a sanitizer keeps freed memory")
-def test_few_rows_of_many_classes_leave_nothing_behind():
+def test_few_rows_of_many_classes_leave_no_memory_allocated():
     program = """
 import torch, fastopt
 def resident():

@@ -53,7 +53,7 @@ def test_a_loss_with_a_process_group_can_be_copied(kind, group):
         assert list(module.state_dict()) == ["weight"]
 
 
-def test_a_loss_that_is_loaded_where_its_group_is_not_says_so(group):
+def test_loss_loaded_without_its_process_group_raises_a_clear_error(group):
     module = fastopt.CrossEntropyLoss(process_group=torch.distributed.new_group([0]))
     saved, copied = pickle.dumps(module), copy.deepcopy(module)
     torch.distributed.destroy_process_group()

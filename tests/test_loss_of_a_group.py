@@ -109,7 +109,7 @@ def test_threads_and_streaming_change_no_bit(n_classes, smoothing, dtype, group)
 
 
 @pytest.mark.parametrize("n_classes", [5, 100])
-def test_ignored_rows_are_zero_whatever_they_hold(n_classes, group):
+def test_ignored_rows_are_zero_for_any_logits(n_classes, group):
     logits, target = make((6, n_classes))
     logits[:3], target[:3] = torch.nan, -100
     loss, grad = loss_and_grad(cross_entropy, logits, target, process_group=group, reduction="none")

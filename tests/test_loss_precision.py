@@ -1,4 +1,4 @@
-"""How exact a loss is where rounding shows most: losses close to 0, and sums of very many terms."""
+"""Exactness of losses where rounding shows most: losses close to 0, and sums of very many terms."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_the_loss_of_nearly_certain_rows_is_as_exact_as_that_of_others(n_classes
 @on_cpu
 @pytest.mark.parametrize("smoothing", [0.0, 1e-6])
 @pytest.mark.parametrize("n_classes", [2, 16, 17, 64, 65, 100, 128, 223, 224, 1000, 5000])
-def test_a_row_does_not_depend_on_those_beside_it(n_classes, smoothing):
+def test_row_does_not_depend_on_its_neighbours(n_classes, smoothing):
     """Rows of a tile are computed together, and some of them again: those that are nearly certain of the target.
 
     How many rows there are matters to the last bits of 128 to 223 classes only, which other loops take where there are
@@ -84,7 +84,7 @@ def test_a_row_does_not_depend_on_those_beside_it(n_classes, smoothing):
 @pytest.mark.parametrize(
     "sizes", [(30, 10, 3), (30, 70, 5), (9, 100, 20), (5, 20, 50), (5, 200, 41), (9, 300, 2), (2, 300, 50)], ids=str
 )
-def test_an_image_does_not_depend_on_those_beside_it(sizes, dtype):
+def test_image_does_not_depend_on_its_neighbours(sizes, dtype):
     """Those of a tile are computed together, and a tile may begin amid one; the last tile may be a narrow one."""
     x = make_values(sizes, dtype)
     target = x.argmax(1)
@@ -129,8 +129,8 @@ def test_weights_of_very_many_classes_are_summed_as_exactly():
     log_probabilities = x.log_softmax(1)
     total = 0.0
     for row, t in zip(log_probabilities, target, strict=True):
-        spread = math.fsum((row * weight).tolist()) / n_classes
-        total -= 0.9 * (row[t] * weight[t]).item() + 0.1 * spread
+        uniform = math.fsum((row * weight).tolist()) / n_classes
+        total -= 0.9 * (row[t] * weight[t]).item() + 0.1 * uniform
     loss = cross_entropy(x, target, weight, label_smoothing=0.1, reduction="sum")
     assert abs(loss.item() / total - 1) <= 16 * 2.3e-16
 

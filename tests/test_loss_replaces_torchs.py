@@ -238,7 +238,7 @@ def test_a_subclass_sees_one_call_of_cross_entropy(row, replaced):
     assert sum("cross_entropy" in name or "nested" in name for name in Tagged.seen) == 1
 
 
-def test_the_kernels_serve_where_torchs_function_is_called(replaced):
+def test_kernels_run_where_torchs_function_is_called(replaced):
     before = kernel_calls("cross_entropy")
     loss = torch.nn.CrossEntropyLoss()(X.clone().requires_grad_(), T)
     assert kernel_calls("cross_entropy") == before + is_native()

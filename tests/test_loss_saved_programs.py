@@ -137,7 +137,7 @@ def test_saved_programs_load_where_fastopt_is_not_imported(is_fresh, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_saved_script_needs_fastopt_and_runs_its_kernel(tmp_path):
-    """A script keeps the operator, so that the kernels serve it."""
+    """A script keeps the operator, so that the kernels run."""
     for name, make in MODELS.items():
         scripted = torch.jit.script(make())
         before = kernel_calls("cross_entropy")
@@ -172,7 +172,7 @@ def test_graphs_hold_torchs_operators_only(make):
 @pytest.mark.filterwarnings("ignore")
 @models
 @pytest.mark.parametrize("dynamo", [False, True])
-def test_onnx_exporters_serve(make, dynamo, tmp_path):
+def test_onnx_exporters_give_the_loss(make, dynamo, tmp_path):
     needed = ("onnx", "onnxscript") if dynamo else ("onnx",)
     if not all(map(importlib.util.find_spec, needed)):
         pytest.skip(f"needs {' and '.join(needed)}")

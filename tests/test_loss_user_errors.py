@@ -39,7 +39,7 @@ class FailingDispatch(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 class Number:
-    """What is taken for an integer by its own method, which fails."""
+    """An object with an ``__index__`` that fails."""
 
     def __index__(self):
         Failing.calls += 1
@@ -73,7 +73,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("row", FAILURES)
-def test_a_type_error_of_the_users_own_is_raised_once(row):
+def test_type_error_of_user_code_is_raised_once(row):
     def outcome(function):
         Failing.calls, before = 0, kernel_calls("cross_entropy")
         with pytest.raises(TypeError) as error:

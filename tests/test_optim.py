@@ -41,7 +41,7 @@ def states_of(optimizer):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-def test_twenty_steps_are_no_further_from_float64_than_torch(case, dtype):
+def test_twenty_steps_are_as_exact_as_torchs(case, dtype):
     ours, our_optimizer = run(case.ours, case.options, dtype)
     theirs, their_optimizer = run(case.theirs, case.options, dtype)
     truth, true_optimizer = run(case.theirs, case.options, torch.float64)
@@ -133,7 +133,7 @@ def test_no_length_or_alignment_writes_outside_its_tensor(dtype, offset):
 
 @pytest.mark.native
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-def test_an_element_does_not_feel_its_place_or_the_number_of_threads(case):
+def test_result_is_independent_of_position_and_threads(case):
     """The vector body, the scalar tail and each thread give the same bits."""
     n = 40_000
     values, grads = torch.randn(n), torch.randn(n)
@@ -176,7 +176,7 @@ def test_layouts_of_parameter_and_gradient_change_nothing(case, layouts):
 
 
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-def test_expanded_gradient_and_a_parameter_without_gradient(case):
+def test_expanded_gradient_and_missing_gradient_are_handled_as_in_torch(case):
     results = []
     for cls in (case.ours, case.theirs):
         params = make_params([(6, 5), (3,), (4,)], torch.float64)
@@ -205,7 +205,7 @@ def test_gradients_are_not_changed(case):
 
 
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-def test_infinities_and_nan_spread_no_further_than_in_torch(case):
+def test_infinities_and_nan_reach_no_more_elements_than_in_torch(case):
     special = [float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-45, 1e38, -1e38]
     results = []
     for cls in (case.ours, case.theirs):
@@ -221,7 +221,7 @@ def test_infinities_and_nan_spread_no_further_than_in_torch(case):
 
 @pytest.mark.parametrize("eps", [0.0, 1e-300, 1e-45, 1e-44, 1e-43, 1e-40, 1e-30, 1e-8])
 @pytest.mark.parametrize("case", [case for case in OPTIM_CASES if case.name != "SGD"], ids=str)
-def test_a_small_eps_or_lr_gives_no_more_nan_and_zeros_than_in_torch(case, eps):
+def test_small_eps_or_lr_gives_no_more_nan_and_zeros_than_in_torch(case, eps):
     """One that takes up a bias correction becomes 0 itself: 0 / 0 is NaN, and updates are lost."""
     # On a GPU torch's fused step multiplies by the step size first, as ours does, and its foreach divides first.
     is_fused = devices.current() == devices.CUDA and case.name != "RMSprop"
@@ -253,7 +253,7 @@ def test_versions_of_written_tensors_are_bumped(case):
     assert all(t._version > before for t, before in zip(tensors, versions, strict=True))
 
 
-def test_a_forward_graph_notices_that_its_parameter_was_stepped():
+def test_backward_through_a_stepped_parameter_raises():
     param = torch.nn.Parameter(torch.ones(3))
     loss = (param * param).sum()
     param.grad = torch.ones(3)

@@ -68,7 +68,7 @@ def test_a_gradient_that_is_another_parameter_is_read_before_that_is_stepped(cas
 
 
 @pytest.mark.native
-def test_parameters_in_one_buffer_side_by_side_are_for_the_kernel():
+def test_adjacent_parameters_in_one_buffer_take_the_kernel():
     buffer = torch.ones(30)
     params = [torch.nn.Parameter(buffer[a:b]) for a, b in ((0, 10), (10, 20), (20, 30))]
     set_grads(params, seed=0)

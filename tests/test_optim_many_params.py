@@ -33,7 +33,7 @@ def give_gradients(params, step):
 
 
 def left(optimizer, params):
-    """What a step may write: the bits of values and states, their versions, and the order of states."""
+    """All that a step may write: the bits of values and states, their versions, and the order of states."""
     places = {param: i for i, param in enumerate(params)}
 
     def plain(value):
@@ -83,7 +83,7 @@ def test_two_threads_gather_what_one_gathers(case, dtype):
 
 
 @pytest.mark.parametrize(("n_params", "is_threaded"), [(127, False), (128, True)])
-def test_few_parameters_are_for_one_thread(n_params, is_threaded):
+def test_few_parameters_are_gathered_by_one_thread(n_params, is_threaded):
     alone, together, n_threaded = results(lambda: stepped(fastopt.Adam, {}, n_params=n_params))
     assert together == alone
     assert (n_threaded > 0) == is_threaded
@@ -113,7 +113,7 @@ def replace_param(optimizer, params, i, param):
     params[i] = param
 
 
-# What happens before which steps; and whether several threads gather any after it, or None where that is all the same.
+# Changes before given steps; True if several threads gather after it, False if one does, None if either may.
 CHANGES = {}
 
 
@@ -309,7 +309,7 @@ def run_with(change, at, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_happens_between_steps(change, name):
+def test_changes_between_steps_give_what_torch_gives(change, name):
     function, is_threaded, at = CHANGES[change]
     alone, together, n_threaded = results(run_with, function, at, name)
     assert together == alone

@@ -123,7 +123,7 @@ def state_over_another_parameter(make):
 
 
 def parameter_shrunk_and_another_put_behind_it(make):
-    """What no longer overlaps is for the kernel again; what overlaps anew is not."""
+    """Tensors that no longer overlap take the kernel again; those that begin to overlap do not."""
     memory = np.linspace(1, 2, 2 * N, dtype=np.float32)
     params = [torch.nn.Parameter(from_numpy(memory)), torch.nn.Parameter(torch.ones(N))]
     optimizer = make(params)
@@ -172,7 +172,7 @@ def test_tensors_that_share_memory_are_stepped_as_in_torch(situation, name, opti
 
 
 @pytest.mark.native
-def test_a_gradient_beside_its_parameter_in_one_storage_is_for_the_kernel():
+def test_gradient_and_parameter_in_one_storage_take_the_kernel():
     memory = np.ones(2 * N, dtype=np.float32)
     for base in (torch.ones(2 * N), from_numpy(memory)):
         param = torch.nn.Parameter(base[:N])
@@ -233,7 +233,7 @@ def in_subprocess(program, *arguments, timeout=100):
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=Path(__file__).parents[1])
 
 
-def test_freed_memory_is_an_error_and_no_crash():
+def test_freed_memory_raises_an_error():
     """As by untyped_storage().resize_(0), with which FSDP frees what it can gather again."""
     result = in_subprocess(FREED, CONFIGURATIONS)
     assert result.stdout == "lives\n", (result.returncode, result.stdout[-2000:], result.stderr[-2000:])

@@ -126,7 +126,7 @@ def test_schedules_run_as_with_torch_and_without_warning(case):
 @pytest.mark.parametrize("overflow_at", [0, 1, 3])
 @pytest.mark.parametrize("fused", [None, True])
 @all_cases
-def test_a_scaler_skips_overflowing_steps_and_nothing_is_half_made(case, fused, overflow_at):
+def test_scaler_skips_overflowing_steps_without_making_states(case, fused, overflow_at):
     if fused and case.name == "RMSprop":
         pytest.skip("torch's RMSprop has no fused")
     options = {**case.options, "fused": True} if fused else case.options
@@ -202,7 +202,7 @@ def test_operators_pass_opcheck(op, make, options, dtype):
 
 
 @pytest.mark.native
-def test_operators_refuse_what_does_not_fit_and_change_nothing():
+def test_operators_refuse_mismatched_tensors_and_change_nothing():
     p, g = torch.ones(4), torch.ones(4)
     for args, message in [
         (([p], [], []), "grads must have one tensor"),

@@ -54,7 +54,7 @@ def made(cls, options, places, make, make_grad, n_groups=2):
 
 
 def left(optimizer, params):
-    """What a step may write, in a form that can be compared."""
+    """All that a step may write, in a form that can be compared."""
     owners = [[param is owner for param in params].index(True) for owner in optimizer.state]
     states = [(list(state), [plain(value) for value in state.values()]) for state in optimizer.state.values()]
     return [[plain(param.detach()) for param in params], owners, states]
@@ -93,7 +93,7 @@ def test_a_step_with_odd_parameters_is_torchs_or_fails_as_it_does_and_changes_no
 
 @pytest.mark.parametrize("what", ["complex", "not dense", "sparse gradient"])
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS)
-def test_kernels_step_all_but_the_odd_parameters(name, options, what):
+def test_kernels_step_all_but_unusual_parameters(name, options, what):
     if what == "sparse gradient" and name != "SGD":
         return
     optimizer, _, give_grads = made(getattr(fastopt, name), options, [1, 4], *ODD[what])

@@ -188,7 +188,7 @@ CHANGES = [
 
 @all_cases
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_what_changes_between_steps_is_seen(case, change):
+def test_changes_between_steps_take_effect(case, change):
     results = []
     for cls in (case.ours, case.theirs):
         params = make_params(SHAPES, torch.float64)
@@ -203,7 +203,7 @@ def test_what_changes_between_steps_is_seen(case, change):
 
 
 @all_cases
-def test_a_model_that_changes_dtype_is_seen(case):
+def test_change_of_the_models_dtype_takes_effect(case):
     """Parameters in float64, state still in float32: torch's result, or torch's error."""
     results = []
     for cls in (case.ours, case.theirs):
@@ -226,7 +226,7 @@ def test_a_model_that_changes_dtype_is_seen(case):
 
 @pytest.mark.native
 @all_cases
-def test_kernels_serve_again_after_every_change(case):
+def test_kernels_run_again_after_every_change(case):
     params = make_params(SHAPES)
     optimizer = case.ours(params, **case.options)
     take_steps(params, optimizer, 0, 1)
@@ -284,7 +284,7 @@ def test_a_cycle_through_the_optimizer_is_collected():
 
 
 @all_cases
-def test_optimizers_in_several_threads_do_not_disturb_each_other(case):
+def test_optimizers_in_several_threads_are_independent(case):
     def train():
         params = make_params([(20_000,), (300, 300)])
         optimizer = case.ours(params, **case.options)

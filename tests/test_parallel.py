@@ -1,4 +1,4 @@
-"""How tasks are shared among threads (csrc/cpu/parallel.h), compiled alone."""
+"""Division of tasks among threads (csrc/cpu/parallel.h), compiled alone."""
 
 import subprocess
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_each_task_runs_once(taken):
     assert len(taken) == 71 * sum(range(1, 8))
 
 
-def test_a_share_is_what_torch_gives_a_thread_of_an_array(taken):
+def test_share_of_a_thread_equals_torchs_parallel_for(taken):
     for (n_threads, n_tasks, thread), tasks in taken.items():
         n_threads = min(n_threads, n_tasks)
         if n_tasks == 0 or thread >= n_threads:

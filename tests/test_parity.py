@@ -108,7 +108,7 @@ def test_the_cnn_trains_on_the_kernels(batches):
 
 @pytest.mark.slow
 @pytest.mark.skipif(REAL_MNIST is None, reason="no MNIST files in $FASTOPT_DATA or beside the checkout")
-def test_one_epoch_of_adam_reads_98_percent_of_mnist():
+def test_one_epoch_of_adam_reaches_98_percent_on_mnist():
     digits = data.load(REAL_MNIST)
     images, test_images = digits.normalize(digits.train.images), digits.normalize(digits.test.images)
     for cls, module in ((fastopt.Adam, fastopt), (torch.optim.Adam, torch.nn)):

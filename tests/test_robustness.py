@@ -50,7 +50,7 @@ def test_many_small_steps_with_loss_and_schedule_need_no_more_memory():
 
 
 @all_classes
-def test_losses_and_steps_in_several_threads_do_not_disturb_each_other(name):
+def test_losses_and_steps_in_several_threads_are_independent(name):
     def train():
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
@@ -182,14 +182,14 @@ FORKED = """
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @all_classes
 def test_a_child_forked_while_another_thread_steps_can_step(name):
-    """What that thread holds is never released in the child, where the thread does not exist."""
+    """A lock that the thread holds is never released in the child, where the thread does not exist."""
     command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(CLASSES[name])]
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
     assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
 
 
 @pytest.mark.native
-def test_steps_and_losses_survive_what_other_threads_do():
+def test_steps_and_losses_survive_concurrent_changes():
     """FASTOPT_STRESS_SECONDS=60 for a minute."""
     seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "8")
     program = Path(__file__).with_name("stress.py")
@@ -244,7 +244,7 @@ CHANGED_TARGETS = """
 @pytest.mark.native
 @pytest.mark.parametrize(("n_classes", "n_inner"), [(10, 0), (300, 0), (10, 40)])
 def test_targets_that_another_process_changes_are_read_once(n_classes, n_inner):
-    """What was checked must be what is used: between the two, memory that is shared may change."""
+    """The value that is checked must be the one that is used: shared memory may change in between."""
     program = textwrap.dedent(CHANGED_TARGETS)
     command = [sys.executable, "-c", program, str(n_classes), str(n_inner)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
@@ -297,7 +297,7 @@ INTERRUPTED = """
 
 
 @all_classes
-def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
+def test_step_keeps_the_handler_of_sigint(name):
     """Others may ask for it, and another thread's step may end first and put back what it found."""
     seen = []
 
@@ -326,7 +326,7 @@ def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
 
 @pytest.mark.native
 @all_classes
-def test_ctrl_c_in_a_step_leaves_every_parameter_at_the_same_step(name):
+def test_sigint_in_a_step_leaves_every_parameter_at_the_same_step(name):
     program = textwrap.dedent(INTERRUPTED)
     result = subprocess.run(
         [sys.executable, "-c", program, name, "200"],

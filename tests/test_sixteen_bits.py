@@ -15,7 +15,7 @@ def patterns(dtype):
 
 
 def step(param, grad, **options):
-    """What plain SGD makes of a parameter: param - lr grad, in float32, rounded once."""
+    """A step of plain SGD: param - lr grad, in float32, rounded once."""
     param = torch.nn.Parameter(param.clone())
     param.grad = grad.clone()
     fastopt.SGD([param], **options).step()
@@ -23,7 +23,7 @@ def step(param, grad, **options):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-def test_every_pattern_is_read_and_written_as_it_is(dtype):
+def test_every_bit_pattern_is_read_and_written_unchanged(dtype):
     every = patterns(dtype)
     found = step(every, torch.zeros_like(every), lr=1.0)
     kept = found.view(torch.int16) == every.view(torch.int16)
@@ -58,7 +58,7 @@ def test_results_are_rounded_as_torch_rounds(dtype, lr):
         ("AdamW", {"amsgrad": True, "maximize": True}),
     ],
 )
-def test_every_length_gives_each_element_its_own_step(name, options, dtype):
+def test_every_length_steps_each_element_on_its_own(name, options, dtype):
     """An element's step does not depend on how many others there are, nor is anything written behind the last."""
     n = 200
     generator = torch.Generator().manual_seed(0)

@@ -48,7 +48,7 @@ def states(optimizer, param):
         ((300, 64, 14, 14), torch.float16, True, torch.channels_last),
     ],
 )
-def test_states_that_fill_pages_begin_with_one_and_are_as_torchs(name, options, shape, dtype, is_large, memory_format):
+def test_large_states_are_page_aligned_and_equal_torchs(name, options, shape, dtype, is_large, memory_format):
     before = kernel_calls("update")
     optimizer, param = stepped(fastopt, name, options, shape, dtype, memory_format)
     assert kernel_calls("update") > before
@@ -94,7 +94,7 @@ def test_states_can_be_copied_saved_grown_and_freed(name, options):
 
 
 @configurations
-def test_nothing_is_kept_of_a_state_that_is_freed(name, options):
+def test_memory_of_a_freed_state_is_returned(name, options):
     fastopt.empty_cache()
     optimizer, param = stepped(fastopt, name, options, (4 * HUGE_PAGE,))
     del optimizer, param
@@ -102,7 +102,7 @@ def test_nothing_is_kept_of_a_state_that_is_freed(name, options):
 
 
 @configurations
-def test_a_patched_function_still_makes_the_states(name, options, monkeypatch):
+def test_patched_zeros_like_still_makes_the_states(name, options, monkeypatch):
     """The kernels make a momentum buffer by themselves, as torch makes it of the gradient."""
     if name == "SGD":
         pytest.skip("torch makes no zeros")

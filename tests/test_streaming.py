@@ -56,7 +56,7 @@ WIDTHS = [*range(65, 200), *range(1000, 1004), *range(2045, 2053), 2112, 4099]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["index", "probability"])
-def test_rows_of_every_width(dtype, kind):
+def test_streamed_rows_of_every_width_have_the_same_bits(dtype, kind):
     for n_classes in WIDTHS:
         logits = Logits((19, n_classes), "contiguous", "every place in a line")
         target, arguments = Options(kind, False, 0.1, "none", "mean").make(logits, dtype)
@@ -66,14 +66,14 @@ def test_rows_of_every_width(dtype, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_positions", [1, 15, 16, 63, 64, 65, 255, 256, 257, 300, 511, 513, 1025])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_images_of_every_size(dtype, n_positions, layout):
+def test_streamed_images_of_every_size_have_the_same_bits(dtype, n_positions, layout):
     logits = Logits((3, 5, n_positions), layout, "runs that begin and end anywhere in a line")
     target, arguments = KINDS[0].make(logits, dtype)
     assert_same_bits(logits.lay(make_values(logits.sizes, dtype)), target, **arguments)
 
 
 @pytest.mark.parametrize("ignored", list(itertools.product([False, True], repeat=4)), ids=str)
-def test_ignored_rows_between_rows_that_wait(ignored):
+def test_ignored_rows_among_streamed_rows_have_the_same_bits(ignored):
     x = make_values((4, 3001))
     target = torch.where(torch.tensor(ignored), -100, torch.tensor([0, 63, 2048, 3000]))
     assert_same_bits(x, target, reduction="sum")
@@ -83,7 +83,7 @@ def test_ignored_rows_between_rows_that_wait(ignored):
 
 
 @pytest.mark.parametrize("order", ["rising", "falling"])
-def test_a_maximum_that_moves_from_block_to_block(order):
+def test_maximum_that_changes_in_every_block_has_the_same_bits(order):
     steps = torch.arange(20000, dtype=torch.float32) / 100
     x = (steps if order == "rising" else steps.flip(0)) + make_values((5, 20000))
     target = torch.tensor([0, 1999, 2000, 10000, 19999])
@@ -106,7 +106,7 @@ def test_any_number_of_threads_streams_the_same_bits(n_threads, sizes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_of_its_own_accord_beyond_the_caches(dtype):
+def test_large_gradients_stream_by_default(dtype):
     """50257 classes: no row but the first begins at the beginning of a line."""
     x = make_values((200, 50257), dtype)
     target = torch.arange(200) * 251

@@ -205,7 +205,7 @@ def test_a_dispatch_mode_sees_the_loss_and_its_gradient():
 
 
 @pytest.mark.parametrize("mode", [Watch, lambda: FlopCounterMode(display=False)])
-def test_a_watched_forward_or_backward_changes_nothing(mode):
+def test_dispatch_mode_around_forward_or_backward_changes_nothing(mode):
     def both(model):
         with mode():
             model(X, T).backward()

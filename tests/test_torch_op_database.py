@@ -58,7 +58,7 @@ def loss_and_gradients(function, input, target, options):
     return [loss.detach(), *torch.autograd.grad(loss, leaves, weights, allow_unused=True)]
 
 
-def test_the_table_covers_our_dtypes():
+def test_torchs_table_covers_all_dtypes_of_the_kernels():
     assert set(OP.dtypes) == set(DTYPES)
     assert N_SAMPLES >= 20
     assert N_MODULE_INPUTS >= 90
@@ -193,7 +193,7 @@ LAWS = [
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @all_samples
-def test_a_law_holds(law, index):
+def test_laws_of_cross_entropy_hold(law, index):
     input, target, options = samples(torch.float64, requires_grad=True)[index]
     law(cross_entropy, input, target, options)
 

@@ -156,7 +156,7 @@ def with_states(convert):
     return program
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         names_that_are_a_subclass_of_str,
         *(named(f"groups_{name}", with_groups(change)) for name, change in GROUPS.items()),
@@ -168,7 +168,7 @@ test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_our
 @pytest.mark.native
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("kind", ["dict", "ordered_dict", "own_ordered_dicts"])
-def test_dicts_of_the_standard_library_are_for_the_kernels(kind, name, options):
+def test_dict_subclasses_of_the_standard_library_take_the_kernels(kind, name, options):
     params = [torch.nn.Parameter(torch.ones(4))]
     optimizer = getattr(fastopt, name)(params, **options)
     step_through(optimizer, params, 1)

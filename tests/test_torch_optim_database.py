@@ -63,7 +63,7 @@ def trained(cls, options, dtype, n_steps=5):
     return params, optimizer
 
 
-def test_the_table_has_every_class():
+def test_torchs_table_has_every_optimizer_class():
     assert [info.name for info in INFOS] == sorted(fastopt.optim.__all__, key=[i.name for i in optim_db].index)
     assert {info.name for info in INFOS} == set(fastopt.optim.__all__)
 

@@ -23,7 +23,7 @@ def global_hooks(log):
 
 
 def watched_step(make, optimizer, params, call=None):
-    """What one step calls: own hooks, global ones, and the profiler's ranges; each once.
+    """The calls of one step: own hooks, global ones, and the profiler's ranges; each once.
 
     torch runs the hooks as often as a step passes through a class of which an object was made, fastopt once.
     """
@@ -310,7 +310,7 @@ def closures_and_steps_that_raise_a_type_error(make):
     return results
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         *(named(f"subclass_{name}", with_subclass(derive)) for name, derive in SUBCLASSES.items()),
         a_step_assigned_to_the_class_later,

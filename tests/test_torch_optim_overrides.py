@@ -1,4 +1,4 @@
-"""What Python overrides in optimizers: each acts as it does with torch's class."""
+"""Overridden parts of optimizers: each acts as it does with torch's class."""
 
 import ast
 import gc
@@ -165,7 +165,7 @@ def a_class_swapped_between_steps(make):
     return log, seen(params, optimizer)
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         init_group_that_changes_the_lists,
         init_group_of_the_instance,
@@ -205,7 +205,7 @@ def test_type_checkers_see_the_methods_of_torchs_class():
     assert inspect.signature(fastopt.SGD.zero_grad) == inspect.signature(torch.optim.SGD.zero_grad)
 
 
-def test_a_class_is_forgotten_with_its_last_object():
+def test_class_is_freed_with_its_last_object():
     class Temporary(fastopt.Adam):
         pass
 

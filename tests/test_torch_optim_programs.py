@@ -200,7 +200,7 @@ def gradients_that_are_missing_or_zero(make):
     return results, [p.grad for p in params], seen(params, optimizer), seen(fresh, untouched)
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         hooks_around_a_step,
         hooks_that_return_something,

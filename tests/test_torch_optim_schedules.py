@@ -36,7 +36,7 @@ configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, id
 
 
 def has_momentum(optimizer):
-    """Whether a schedule can move the momentum, or beta1, between the steps."""
+    """True if a schedule can change the momentum, or beta1, between the steps."""
     group = optimizer.param_groups[0]
     return "betas" in group or group["momentum"] > 0
 
@@ -77,7 +77,7 @@ def test_a_schedule_moves_the_options_as_with_torch_and_none_warns(name, options
         assert_same(train(getattr(fastopt, name)), expected)
 
 
-def test_a_schedule_knows_whether_its_optimizer_has_stepped():
+def test_schedule_detects_whether_its_optimizer_has_stepped():
     param = torch.ones(2, requires_grad=True)
     for has_stepped in (False, True):
         optimizer = fastopt.SGD([param], lr=0.1)

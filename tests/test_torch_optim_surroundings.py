@@ -14,7 +14,7 @@ from optim_helpers import Maker, attempt, seen, step_through, with_torchs_class_
 
 
 def kinds(params, optimizer):
-    """What the states are: name, type, device and shape of each."""
+    """Name, type, device and shape of each state."""
     states = [item for p in params for item in optimizer.state[p].items() if item[1] is not None]
     return [(name, type(value).__name__, value.device.type, value.shape) for name, value in states]
 
@@ -252,7 +252,7 @@ def fake_and_meta_tensors(make):
     return fake, kinds(params, optimizer)
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         checkpoints_that_lack_or_exceed,
         checkpoints_of_another_dtype,

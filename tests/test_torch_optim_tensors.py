@@ -1,4 +1,4 @@
-"""What Python overrides in parameters, gradients and states, and modes: each acts as it does with torch's class."""
+"""Overridden parts of parameters, gradients and states, and modes: each acts as it does with torch's class."""
 
 import pytest
 import torch
@@ -171,7 +171,7 @@ def function_modes_around_a_step(make):
     return results, seen(params, optimizer)
 
 
-test_a_program_gives_what_it_gives_with_torchs_class = with_torchs_class_and_ours(
+test_program_gives_the_same_with_torchs_class = with_torchs_class_and_ours(
     [
         parameters_with_torch_function,
         parameters_that_scale_what_is_added,
@@ -203,7 +203,7 @@ class OfThePackage(torch.nn.Parameter):
 
 @pytest.mark.native
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
-def test_subclasses_that_override_nothing_of_a_step_are_for_the_kernels(name, options):
+def test_subclasses_that_override_nothing_of_a_step_take_the_kernels(name, options):
     class Optimizer(getattr(fastopt, name)):
         def __init__(self, params, **options):
             super().__init__(params, **options)

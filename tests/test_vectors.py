@@ -77,7 +77,7 @@ def _name(symbol):
 
 @pytest.mark.parametrize("level", WIDEST)
 @pytest.mark.parametrize("stored", STORED)
-def test_every_rule_is_vectors(functions, stored, level):
+def test_every_rule_is_vectorized(functions, stored, level):
     """As wide as the level has; what is left at the end is narrower, or one by one."""
     for rule in RULES:
         counts = functions.get((rule.format("double" if stored == "double" else "float"), stored, level))
@@ -85,7 +85,7 @@ def test_every_rule_is_vectors(functions, stored, level):
         assert counts[WIDEST[level]] >= 3, f"{rule} in {stored}, {level}, is not vectors: {counts}"
 
 
-def test_rules_without_divisions_have_narrow_vectors(functions):
+def test_rules_without_divisions_use_narrow_vectors(functions):
     """For processors that have wider ones and gain nothing from them; of 16-bit types each level has its own loop."""
     found = {(rule, stored): counts for (rule, stored, level), counts in functions.items() if level == "narrow"}
     assert set(found) == {(rule.format(stored), stored) for rule in RULES[:3] for stored in STORED[:2]}
@@ -96,7 +96,7 @@ def test_rules_without_divisions_have_narrow_vectors(functions):
 
 @pytest.mark.parametrize("level", WIDEST)
 @pytest.mark.parametrize("function", LOSS)
-def test_every_kind_of_loss_is_vectors(functions, function, level):
+def test_every_kind_of_loss_is_vectorized(functions, function, level):
     counts = {kind: found for (name, kind, its), found in functions.items() if (name, its) == (function, level)}
     assert len(counts) >= 20
     for kind, found in counts.items():
