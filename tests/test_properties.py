@@ -1,27 +1,15 @@
-"""Laws that hold for any shape, layout, dtype and option: no further from float64 than torch is.
-
-The examples are the same on every run; FASTOPT_TEST_EXAMPLES=5000 draws that many, new ones each time.
-"""
-
-import os
+"""Laws that hold for any shape, layout, dtype and option: no further from float64 than torch is."""
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error, is_native
+from common import DTYPES, HALVES, assert_no_worse, error
+from drawn_examples import assert_as_exact, drawn
 from loss_cases import loss_and_grad, make_values, truth_of
 
-N_EXAMPLES = int(os.environ.get("FASTOPT_TEST_EXAMPLES", "0"))
-drawn = settings(
-    max_examples=N_EXAMPLES or 80,
-    derandomize=not N_EXAMPLES,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)
 
@@ -72,20 +60,6 @@ def losses(draw):
         probabilities = make_values(sizes, torch.float64, seed + 1).softmax(1 if n_dims > 1 else 0)
         target = draw(layouts(probabilities.to(dtype)))
     return input, target, options
-
-
-def assert_as_exact(own, other, truth, slack_in_float64=32):
-    """No worse than torch's own by more than rounding; where torch overflows, truth is the measure.
-
-    The reference path is torch's own loss, at least in float32: it may overflow with it.
-    """
-    expected = truth.to(own.dtype)
-    if not is_native():
-        own = torch.where(other.isfinite() | (own != other), own, expected)
-    other = torch.where(other.isfinite(), other, expected)
-    one = own.new_ones(1)
-    slack = slack_in_float64 if own.dtype == torch.float64 else 4
-    assert_no_worse(*(torch.cat([v.flatten().to(own.dtype), one]) for v in (own, other, expected)), slack=slack)
 
 
 @drawn

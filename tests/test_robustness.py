@@ -14,7 +14,7 @@ import torch
 
 import devices
 import fastopt
-from common import error, is_native
+from common import ROOT, TESTS, child_environment, error, is_native
 from optim_cases import make_params, set_grads
 
 CLASSES = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True), "Adam": {}, "AdamW": dict(amsgrad=True)}
@@ -184,7 +184,7 @@ FORKED = """
 def test_a_child_forked_while_another_thread_steps_can_step(name):
     """A lock that the thread holds is never released in the child, where the thread does not exist."""
     command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(CLASSES[name])]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
     assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
 
 
@@ -192,8 +192,9 @@ def test_a_child_forked_while_another_thread_steps_can_step(name):
 def test_steps_and_losses_survive_concurrent_changes():
     """FASTOPT_STRESS_SECONDS=60 for a minute."""
     seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "8")
-    program = Path(__file__).with_name("stress.py")
-    result = subprocess.run([sys.executable, str(program), seconds], capture_output=True, text=True, timeout=600)
+    program = TESTS / "helpers" / "stress.py"
+    command = [sys.executable, str(program), seconds]
+    result = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
 
 
@@ -201,9 +202,8 @@ def test_steps_and_losses_survive_concurrent_changes():
 @pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
     """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
-    root = Path(__file__).parents[1]
-    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{root / 'csrc'}"]
-    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").glob("*.cpp"))]
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{ROOT / 'csrc'}"]
+    sources = [TESTS / "cpu" / "thread_driver.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [devices.CXX, *flags, *map(str, sources), "-o", str(tmp_path / "driver")]
     subprocess.run(command, check=True, env=env)
@@ -247,7 +247,7 @@ def test_targets_that_another_process_changes_are_read_once(n_classes, n_inner):
     """The value that is checked must be the one that is used: shared memory may change in between."""
     program = textwrap.dedent(CHANGED_TARGETS)
     command = [sys.executable, "-c", program, str(n_classes), str(n_inner)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert result.stdout == "lives True\n", result.stderr[-2000:]
 
 
@@ -333,6 +333,6 @@ def test_sigint_in_a_step_leaves_every_parameter_at_the_same_step(name):
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert result.stdout == "whole after 25\n", result.stderr[-2000:]

@@ -3,16 +3,16 @@
 import importlib.util
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fastopt
+from common import ROOT
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "programs.py"
-OTHER = FILE.parents[1] / "LICENSE"
+FILE = ROOT / "benchmarks" / "programs.py"
+OTHER = ROOT / "LICENSE"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, programs,
 
 
 def test_readme_holds_the_places_of_both_tables(programs):
-    readme = FILE.parents[1] / "README.md"
+    readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     for markers in (programs.MARKERS, programs.report.MARKERS):
         assert "new" in programs.report.rewrite_between_markers(text, "new", markers)

@@ -5,14 +5,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 
+from common import ROOT
 from fastopt.demo import vision
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # What only POSIX has of what Python brings. torch is imported before, for it asks which system this is.
 HIDE = """

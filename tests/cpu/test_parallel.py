@@ -1,21 +1,20 @@
 """Division of tasks among threads (csrc/cpu/parallel.h), compiled alone."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import devices
+from common import ROOT, TESTS
 
 pytestmark = pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 
 
 @pytest.fixture(scope="module")
 def taken(tmp_path_factory):
-    root = Path(__file__).parents[1]
     driver = tmp_path_factory.mktemp("parallel") / "driver"
-    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{root / 'csrc'}"]
-    subprocess.run([devices.CXX, *flags, str(root / "tests" / "parallel_driver.cpp"), "-o", str(driver)], check=True)
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([devices.CXX, *flags, str(TESTS / "cpu" / "parallel_driver.cpp"), "-o", str(driver)], check=True)
     done = subprocess.run([driver], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-500:]
     rows = [line.split(":") for line in done.stdout.splitlines()]

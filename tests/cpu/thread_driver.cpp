@@ -1,7 +1,7 @@
 // The CPU kernels on std::thread, without torch and without OpenMP, for the thread sanitizer, which knows the one and
 // not the other's runtime: several callers at once, each with threads of its own; results must be those of one thread.
 //
-//   c++ -std=c++20 -O1 -g -fsanitize=thread -DFASTOPT_ONE_LEVEL -Icsrc tests/thread_driver.cpp csrc/cpu/*.cpp
+//   c++ -std=c++20 -O1 -g -fsanitize=thread -DFASTOPT_ONE_LEVEL -Icsrc tests/cpu/thread_driver.cpp csrc/cpu/*.cpp
 // One instruction set: what chooses among several runs before the sanitizer is ready.
 #include <atomic>
 #include <cstdio>

@@ -1,6 +1,6 @@
 """Properties of the compiled kernels, read from machine code: architectures, registers, memory, accesses.
 
-    python tests/cuda_report.py LIBRARY
+    python tests/cuda/report.py LIBRARY
 
 Fails if an architecture is missing, if a kernel keeps anything in local memory (a spill, or an array indexed at run
 time), if one that reads float, half or bfloat16 elements has no load of 16 bytes, or if one has more static shared
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 IN_DETAIL = "sm_90"
-SHIM = Path(__file__).parent / "cuda_shim" / "grid.h"
+SHIM = Path(__file__).parents[1] / "cuda_shim" / "grid.h"
 # Of each block, by the system: from sm_90 on, cuobjdump counts them with a kernel's own shared memory.
 RESERVED_SHARED_BYTES, RESERVED_IS_COUNTED_FROM = 1024, 90
 

@@ -5,15 +5,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 import devices
+from common import ROOT, child_environment
 
 pytestmark = [pytest.mark.native, pytest.mark.shim, pytest.mark.skipif(devices.CXX is None, reason="needs g++")]
 
-TESTS = Path(__file__).parent
 TIMEOUT_S = 300
 
 
@@ -165,7 +164,6 @@ MUTANTS = [
 # Fails, or is killed, where a kernel is wrong. Runs every kind of kernel in order and in shuffled orders.
 PROBE = """
 import sys
-sys.path.insert(0, sys.argv[2])
 import ctypes
 import torch
 import torch.nn.functional as F
@@ -208,9 +206,9 @@ def libraries(tmp_path_factory):
         csrc = folder / "csrc"
         for name in ("cuda", "rules", "losses", "math"):
             (csrc / name).mkdir(parents=True)
-            for path in (devices.ROOT / "csrc" / name).iterdir():
+            for path in (ROOT / "csrc" / name).iterdir():
                 (csrc / name / path.name).write_bytes(path.read_bytes())
-        (csrc / "common.h").write_bytes((devices.ROOT / "csrc" / "common.h").read_bytes())
+        (csrc / "common.h").write_bytes((ROOT / "csrc" / "common.h").read_bytes())
         changed = csrc / "cuda" / mutant.file
         text = changed.read_text()
         assert text.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times"
@@ -225,9 +223,9 @@ def libraries(tmp_path_factory):
 
 
 def probe(library):
-    command = [sys.executable, "-c", PROBE, str(library), str(TESTS)]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    env["FASTOPT_SHIM_MULTIPROCESSORS"] = "3"  # so that a block's rows lie differently across boundaries
+    command = [sys.executable, "-c", PROBE, str(library)]
+    # 3, so that a block's rows lie differently across boundaries.
+    env = child_environment(OMP_NUM_THREADS="1", FASTOPT_SHIM_MULTIPROCESSORS="3")
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 

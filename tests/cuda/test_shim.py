@@ -4,7 +4,6 @@ import ctypes
 import functools
 import math
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-SHIM = Path(__file__).parent / "cuda_shim"
+from common import TESTS, child_environment
+
+SHIM = TESTS / "cuda_shim"
 CXX = shutil.which("g++")
 SEEDS = range(20)
 IN_ORDER = -1
@@ -66,7 +67,7 @@ def load(path):
 PRELUDE = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_cuda_shim import *
+from test_shim import *
 library = load(sys.argv[1])
 """
 
@@ -74,7 +75,7 @@ library = load(sys.argv[1])
 def run_apart(path, code, **environment):
     command = [sys.executable, "-c", PRELUDE + code, str(path)]
     return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        command, env=child_environment(**environment), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
 
 

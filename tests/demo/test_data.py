@@ -7,7 +7,6 @@ import os
 import struct
 import sys
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fuzz_idx
+from common import ROOT
 from fastopt.demo import data, glyphs, models, vision
 from fastopt.demo.idx import DataError, read_idx
 
@@ -45,7 +45,7 @@ def write_mnist(folder, n_train=6, n_test=4, packed=False, **replaced):
 
 def real_mnist():
     """Folder of the real MNIST, or None."""
-    places = [os.environ.get("FASTOPT_DATA"), Path(__file__).parents[2] / "shared" / "data"]
+    places = [os.environ.get("FASTOPT_DATA"), ROOT.parent / "shared" / "data"]
     return next((place for place in places if place and data._find_raw(place)), None)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastopt
-from common import kernel_calls
+from common import ROOT, kernel_calls
 from fastopt.demo import data, models
 from optim_cases import OPTIM_CASES
 
@@ -16,7 +16,7 @@ BATCH = 8
 REAL_MNIST = next(
     (
         folder
-        for folder in (os.environ.get("FASTOPT_DATA"), Path(__file__).parents[2] / "shared" / "data")
+        for folder in (os.environ.get("FASTOPT_DATA"), ROOT.parent / "shared" / "data")
         if folder and Path(folder).exists()
     ),
     None,

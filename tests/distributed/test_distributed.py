@@ -4,7 +4,6 @@ torchrun is launched once with 2 and once with 4 processes; each runs all checks
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 import distributed_worker
-from common import is_native
-from devices import ROOT
+from common import child_environment, is_native
 from distributed_modes import N_STEPS
 from fastopt.__main__ import main
 from fastopt.demo import data, processes, train
@@ -31,8 +29,7 @@ CHECKS = [(n, name) for n in (2, 4) for name in distributed_worker.names(n)]
 
 def torchrun(n_processes, *arguments, folder):
     """Standard output of processes that torchrun launches; those that hang are ended with it."""
-    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environment = child_environment(OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_processes)]
     process = subprocess.Popen(
         [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -52,7 +49,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     found = {}
     for n_processes in (2, 4):
-        code, _, err = torchrun(n_processes, str(ROOT / "tests/distributed_worker.py"), str(folder), folder=folder)
+        code, _, err = torchrun(n_processes, distributed_worker.__file__, str(folder), folder=folder)
         file = folder / f"results-{n_processes}.json"
         assert file.exists(), f"exit status {code}: {err[-3000:]}"
         assert code == 0, err[-3000:]

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common import ROOT, TESTS
 from fastopt import _build, _jit, _native
 
-ROOT = Path(__file__).resolve().parent.parent
-SHIM = ROOT / "tests" / "cuda_shim"
+SHIM = TESTS / "cuda_shim"
 CXX = shutil.which("g++")
 CPU, SHIM_DEVICE, CUDA = "cpu", "shim", "cuda"
 

@@ -1,6 +1,6 @@
 """Fuzzes the reader of IDX files: a mutated file, packed or not, gives the array that it holds, or else a DataError.
 
-python tests/fuzz_idx.py [seconds] [seed]
+python tests/helpers/fuzz_idx.py [seconds] [seed]
 """
 
 import gzip

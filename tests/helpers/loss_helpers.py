@@ -1,13 +1,18 @@
 """Shared by the tests of cross-entropy's modes: small cases, and a call with torch's function and with ours."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 import fastopt
+from fastopt import _native
 from loss_cases import KINDS, Logits, Options, make_values
 
 cross_entropy = fastopt.functional.cross_entropy
+EVERY_SIZE, NONE = 0, 2**62  # bytes of a gradient from which it is streamed
 SHAPES = [
     Logits((5,), "contiguous", "no batch"),
     Logits((3, 4), "contiguous", "narrow rows"),
@@ -33,6 +38,27 @@ def both(call):
 def assert_both_same(call):
     theirs, ours = both(call)
     torch.testing.assert_close(ours, theirs)
+
+
+@contextlib.contextmanager
+def streaming_beyond(n_bytes):
+    before = _native.module().stream_beyond(n_bytes)
+    try:
+        yield
+    finally:
+        _native.module().stream_beyond(before)
+
+
+def peak(call):
+    """The largest number of bytes that were allocated and not freed while a call ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = largest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        largest = max(largest, held)
+    return largest
 
 
 X = make_values((6, 10), scale=1.0)

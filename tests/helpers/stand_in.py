@@ -6,9 +6,9 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT
+
 RECIPE = ("_build.py", "_build_cuda.py", "_jit.py", "_native.py", "_native_cuda.py")
 TIMEOUT_S = 240
 

@@ -1,6 +1,6 @@
 """Steps and losses in some threads, while others replace gradients, states and groups, fork and interrupt.
 
-    python tests/stress.py SECONDS
+    python tests/helpers/stress.py SECONDS
 
 What torch alone does not survive is left out: ``p.grad = None`` frees the gradient before it is gone, ``p.data = x``
 frees memory that a kernel works in. Prints how often each thing happened. Exits with 1 if a forked child failed or

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
-from common import is_native, kernel_calls
+from common import ROOT, is_native, kernel_calls
 from loss_cases import make_values
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
@@ -139,5 +138,5 @@ FREED = """
 def test_logits_that_were_freed_do_not_crash_the_process():
     """By itself: where it is not so, the others end with the process."""
     command = [sys.executable, "-c", textwrap.dedent(FREED)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert result.stdout == "raised\n", (result.returncode, result.stderr[-2000:])

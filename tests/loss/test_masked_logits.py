@@ -1,7 +1,4 @@
-"""Masked logits: -inf, the lowest finite number and the usual large negative numbers, in any blocks of a row.
-
-The examples are the same on every run; FASTOPT_TEST_EXAMPLES=5000 draws that many, new ones each time.
-"""
+"""Masked logits: -inf, the lowest finite number and the usual large negative numbers, in any blocks of a row."""
 
 import pytest
 import torch
@@ -12,8 +9,8 @@ from hypothesis import strategies as st
 import devices
 import fastopt
 from common import DTYPES, to_device
+from drawn_examples import N_EXAMPLES, assert_as_exact, drawn
 from loss_cases import loss_and_grad, make_values, truth_of
-from test_properties import N_EXAMPLES, assert_as_exact, drawn
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 

@@ -6,27 +6,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import fastopt
 from fastopt import _build
+from loss_helpers import peak
 
 pytestmark = pytest.mark.native
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROWS, IMAGES, FEW_ROWS = (512, 4000), (8, 32, 100, 90), (4, 1 << 18)
-
-
-def peak(call):
-    """The largest number of bytes that were allocated and not freed while a call ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = largest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        largest = max(largest, held)
-    return largest
 
 
 def arrays(function, shape, dtype, factor, is_transposed, **options):

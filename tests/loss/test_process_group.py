@@ -12,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastopt
 from common import DTYPES, assert_no_worse, kernel_calls, threads
 from fastopt import _native
-from test_loss_memory import peak
-from test_streaming import EVERY_SIZE, NONE, streaming_beyond
+from loss_helpers import EVERY_SIZE, NONE, peak, streaming_beyond
 
 cross_entropy = fastopt.functional.cross_entropy
 

@@ -4,15 +4,13 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastopt
-from common import is_native, kernel_calls
+from common import ROOT, child_environment, is_native, kernel_calls
 
-ROOT = Path(__file__).parents[1]
 X, T = torch.linspace(-1, 1, 40).view(4, 10).sin(), torch.tensor([0, 9, 3, 5])
 
 
@@ -49,7 +47,12 @@ def in_a_process_of_its_own(program, *arguments, imports_fastopt=False):
     program = ("import fastopt\n" if imports_fastopt else "") + textwrap.dedent(program)
     program += "\nprint('with fastopt' if 'fastopt' in __import__('sys').modules else 'without fastopt')"
     return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=child_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -124,7 +127,7 @@ def test_saved_programs_load_where_fastopt_is_not_imported(is_fresh, tmp_path):
     """The kernels' library, once an eager loss has loaded it, takes the place of what could be traced."""
     if is_fresh:
         program = (
-            "import sys; sys.path.insert(0, 'tests'); import test_loss_saved_programs as t; t.save_all(sys.argv[1])"
+            "import sys; sys.path.insert(0, 'tests/loss'); import test_saved_programs as t; t.save_all(sys.argv[1])"
         )
         result = in_a_process_of_its_own(program, tmp_path)
         assert result.stdout == "with fastopt\n", result.stderr[-2000:]

@@ -1,6 +1,5 @@
 """Gradients larger than the caches are written past them: every bit is that of gradients that are not."""
 
-import contextlib
 import itertools
 
 import pytest
@@ -9,23 +8,13 @@ import torch.nn.functional as F
 
 import fastopt
 from common import DTYPES, assert_no_worse, threads
-from fastopt import _native
 from loss_cases import KINDS, LOGITS, Logits, Options, loss_and_grad, make_values, truth_of
+from loss_helpers import EVERY_SIZE, NONE, streaming_beyond
 
 pytestmark = pytest.mark.native
 
 cross_entropy = fastopt.functional.cross_entropy
-EVERY_SIZE, NONE = 0, 2**62
 options_of_kind = pytest.mark.parametrize("options", KINDS, ids=str)
-
-
-@contextlib.contextmanager
-def streaming_beyond(n_bytes):
-    before = _native.module().stream_beyond(n_bytes)
-    try:
-        yield
-    finally:
-        _native.module().stream_beyond(before)
 
 
 def streamed_and_not(x, target, **options):

@@ -4,14 +4,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import fastopt
-from common import error, kernel_calls, threads
+from common import ROOT, error, kernel_calls, threads
 from optim_helpers import CONFIGURATIONS
 
 configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
@@ -230,7 +229,7 @@ FREED = """
 
 def in_subprocess(program, *arguments, timeout=100):
     command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=Path(__file__).parents[1])
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def test_freed_memory_raises_an_error():
