@@ -16,9 +16,9 @@ import devices
 import fastopt
 from common import ROOT, TESTS, child_environment, error, is_native
 from optim_cases import make_params, set_grads
+from optimizers import NAMES, WITH_STATES
 
-CLASSES = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True), "Adam": {}, "AdamW": dict(amsgrad=True)}
-all_classes = pytest.mark.parametrize("name", CLASSES)
+all_classes = pytest.mark.parametrize("name", NAMES)
 N_STEPS = int(os.environ.get("FASTOPT_TEST_STEPS", 20_000 if is_native() else 1_000))
 
 
@@ -58,7 +58,7 @@ def test_losses_and_steps_in_several_threads_are_independent(name):
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator))
-        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.01, **CLASSES[name])
+        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.01, **WITH_STATES[name])
         x, target = torch.randn(64, 300, generator=generator), torch.randint(100, (64,), generator=generator)
         for _ in range(3):
             optimizer.zero_grad()
@@ -83,7 +83,7 @@ def test_one_optimizer_stepped_by_several_threads_takes_every_step(name):
     """With a gradient that stays, each step of SGD without momentum adds the same; others only count."""
     params = make_params([(20_000,), (7,)], torch.float64)
     start = [p.detach().clone() for p in params]
-    options = {"lr": 0.25} if name == "SGD" else CLASSES[name]
+    options = {"lr": 0.25} if name == "SGD" else WITH_STATES[name]
     optimizer = getattr(fastopt, name)(params, **options)
     set_grads(params, seed=0)
     optimizer.step()
@@ -104,7 +104,7 @@ def test_one_optimizer_stepped_by_several_threads_takes_every_step(name):
 def test_loss_and_steps_work_in_a_fork(name):
     """The child has a copy of a running thread pool, but not its threads; in torch's own operators it would hang."""
     params = make_params([(20_000,), (7,)])
-    optimizer = getattr(fastopt, name)(params, **CLASSES[name])
+    optimizer = getattr(fastopt, name)(params, **WITH_STATES[name])
     logits, target = torch.randn(300, 70), torch.arange(300) % 70
 
     def train(first, last):
@@ -183,7 +183,7 @@ FORKED = """
 @all_classes
 def test_a_child_forked_while_another_thread_steps_can_step(name):
     """A lock that the thread holds is never released in the child, where the thread does not exist."""
-    command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(CLASSES[name])]
+    command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(WITH_STATES[name])]
     result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
     assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
 
@@ -255,8 +255,7 @@ INTERRUPTED = """
     import itertools, os, random, signal, sys, threading, time
     import torch, fastopt
 
-    name, n_tensors = sys.argv[1], int(sys.argv[2])
-    options = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True)}.get(name, {})
+    name, n_tensors, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 
     def make():
         params = [torch.nn.Parameter(torch.ones(50, 10)) for _ in range(n_tensors)]
@@ -316,7 +315,7 @@ def test_step_keeps_the_handler_of_sigint(name):
     plain = torch.nn.Parameter(torch.ones(2))
     plain.grad = torch.ones(2)
     for cls, param in ((Watching, plain), (getattr(fastopt, name), Watched(torch.ones(2)))):
-        optimizer = cls([param], **CLASSES[name])
+        optimizer = cls([param], **WITH_STATES[name])
         optimizer.step()
         optimizer.step()
         assert seen
@@ -329,7 +328,7 @@ def test_step_keeps_the_handler_of_sigint(name):
 def test_sigint_in_a_step_leaves_every_parameter_at_the_same_step(name):
     program = textwrap.dedent(INTERRUPTED)
     result = subprocess.run(
-        [sys.executable, "-c", program, name, "200"],
+        [sys.executable, "-c", program, name, "200", repr(WITH_STATES[name])],
         capture_output=True,
         text=True,
         timeout=300,

@@ -11,6 +11,7 @@ import torch
 
 from common import ROOT
 from fastopt.demo import vision
+from optimizers import OPTIMIZERS
 
 # What only POSIX has of what Python brings. torch is imported before, for it asks which system this is.
 HIDE = """
@@ -35,7 +36,7 @@ TRAIN = """
 
     torch.manual_seed(0)
     model = torch.nn.Linear(5, 4)
-    for cls in (fastopt.SGD, fastopt.RMSprop, fastopt.Adam, fastopt.AdamW):
+    for cls in (CLASSES):
         ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
         theirs_optimizer = getattr(torch.optim, cls.__name__)(theirs.parameters(), lr=0.01)
         sides = [(ours, cls(ours.parameters(), lr=0.01), fastopt.CrossEntropyLoss(label_smoothing=0.1))]
@@ -49,7 +50,7 @@ TRAIN = """
         for p, q in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(p, q)
     print(fastopt.info()["backend"], fastopt.empty_cache())
-"""
+""".replace("CLASSES", "".join(f"fastopt.{row.name}, " for row in OPTIMIZERS if row.is_in_torch))
 
 
 @pytest.fixture(scope="module")

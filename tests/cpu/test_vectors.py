@@ -10,18 +10,10 @@ from collections import Counter
 import pytest
 
 from fastopt import _native
+from optimizers import OPTIMIZERS
 
-RULES = (
-    "Sgd<{}>",
-    "SgdMomentum<{}, false>",
-    "SgdMomentum<{}, true>",
-    "RmsProp<{}, false, false>",
-    "RmsProp<{}, true, false>",
-    "RmsProp<{}, false, true>",
-    "RmsProp<{}, true, true>",
-    "Adam<{}, false>",
-    "Adam<{}, true>",
-)
+RULES = [rule for row in OPTIMIZERS for rule in row.rules]
+NARROW = [rule for row in OPTIMIZERS if not row.has_divisions for rule in row.rules]
 STORED = ("double", "float", "BFloat16", "Half")
 # Functions of the loss, of each stored type, kind of target and whether a gradient is wanted: the fewest operations on
 # vectors that all their loops have, exponentials among them.
@@ -88,7 +80,7 @@ def test_every_rule_is_vectorized(functions, stored, level):
 def test_rules_without_divisions_use_narrow_vectors(functions):
     """For processors that have wider ones and gain nothing from them; of 16-bit types each level has its own loop."""
     found = {(rule, stored): counts for (rule, stored, level), counts in functions.items() if level == "narrow"}
-    assert set(found) == {(rule.format(stored), stored) for rule in RULES[:3] for stored in STORED[:2]}
+    assert set(found) == {(rule.format(stored), stored) for rule in NARROW for stored in STORED[:2]}
     for rule, counts in found.items():
         is_narrow = counts["ymm"] >= 3 and not counts["zmm"]
         assert is_narrow, f"{rule} is not vectors of 256 bits: {counts}"

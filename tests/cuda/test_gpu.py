@@ -12,14 +12,14 @@ import fastopt
 import loss_cases
 import optim_cases
 from common import DTYPES, error, kernel_calls
-from optim_helpers import CONFIGURATIONS
+from optimizers import BY_NAME, CONFIGURATIONS, OURS, THEIRS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytestmark = [pytest.mark.cuda, pytest.mark.native, needs_gpu]
 
 DEVICE = "cuda"
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-FUSED = [(name, {**options, "fused": True}) for name, options in CONFIGURATIONS if name != "RMSprop"]  # as torch has it
+FUSED = [(name, {**options, "fused": True}) for name, options in CONFIGURATIONS if BY_NAME[name].has("fused")]
 cross_entropy = fastopt.functional.cross_entropy
 on_gpu = torch.utils._device.set_device(DEVICE)  # a decorator
 make_params, make_values = map(on_gpu, (optim_cases.make_params, loss_cases.make_values))
@@ -59,7 +59,7 @@ def make_target(n_rows, n_classes):
 
 def make_both(name, options, shapes=((64, 64), (64,), (10, 64), (3,))):
     """Parameters and an optimizer of fastopt, and the same of torch."""
-    both = [(make_params(shapes), getattr(library, name)) for library in (fastopt, torch.optim)]
+    both = [(make_params(shapes), getattr(library, name)) for library in (OURS, THEIRS)]
     return [(params, cls(params, **options)) for params, cls in both]
 
 
@@ -81,7 +81,7 @@ def check_loss(x, target, tolerance=1e-5, function=cross_entropy, logits_of=lamb
 @optimizers
 @pytest.mark.parametrize("n_warm", [1, 0])  # after none, states are made in the graph: each replay is a first step
 def test_a_captured_step_is_replayed(name, options, n_warm):
-    both = make_both(name, options if name == "SGD" else {**options, "capturable": True})
+    both = make_both(name, {**options, "capturable": True} if BY_NAME[name].has("capturable") else options)
     for (params, optimizer), times in zip(both, (n_warm + 1, 0), strict=True):
         optim_cases.set_grads(params, seed=1)
         with kernels_run(times):
@@ -168,7 +168,7 @@ def test_each_of_several_devices_runs_its_own_kernels():
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS + FUSED, ids=str)
 def test_a_grad_scaler_skips_the_step_that_overflows(name, options):
     results = []
-    for library in (fastopt, torch.optim):
+    for library in (OURS, THEIRS):
         torch.manual_seed(2)
         net = torch.nn.Linear(16, 8).to(DEVICE)
         optimizer = getattr(library, name)(net.parameters(), **options)
@@ -183,7 +183,7 @@ def test_a_grad_scaler_skips_the_step_that_overflows(name, options):
                 scaler.unscale_(optimizer)
             scaler.step(optimizer)
             scaler.update()
-        assert (kernel_calls("cuda") > before) == (library is fastopt)
+        assert (kernel_calls("cuda") > before) == (library is OURS)
         results.append([*net.parameters(), torch.tensor(scaler.get_scale())])
     assert_near(*results, 1e-3)
 

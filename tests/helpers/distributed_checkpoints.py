@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
 from distributed_modes import (
+    ADAM,
+    MOMENTUM,
     N_STEPS,
     OPTIMIZERS,
     Check,
@@ -30,6 +32,7 @@ from distributed_modes import (
     tensor_parallel,
     zero,
 )
+from optimizers import OURS, THEIRS
 
 MODULES = {"fastopt": fastopt, "torch": torch.optim}
 WRAPS = {"fsdp2": shard_all, "tensor_parallel": tensor_parallel}
@@ -98,14 +101,14 @@ def check_zero(name, _folder):
     """The shards of a ``ZeroRedundancyOptimizer``, put together, are the state of one optimizer."""
     cls, options = OPTIMIZERS[name]
     model = DistributedDataParallel(build())
-    optimizer = zero(getattr(fastopt, cls), model.parameters(), options)
+    optimizer = zero(getattr(OURS, cls), model.parameters(), options)
     train(model, optimizer, 0, HALF)
     optimizer.consolidate_state_dict(to=0)
     states = [optimizer.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(states)
     alone_again = build()
     alone_again.load_state_dict(model.module.state_dict())
-    one = getattr(torch.optim, cls)(alone_again.parameters(), **options)
+    one = getattr(THEIRS, cls)(alone_again.parameters(), **options)
     one.load_state_dict(copy.deepcopy(states[0]))  # torch keeps the tensors that it is given
     train(alone_again, one, HALF, N_STEPS, is_data_parallel=False)
     optimizer.load_state_dict(states[0])
@@ -115,7 +118,7 @@ def check_zero(name, _folder):
 
 
 CHECKS = {}
-for name, mode_name in (("momentum", "fsdp2"), ("adam", "fsdp2"), ("adam", "tensor_parallel")):
+for name, mode_name in ((MOMENTUM, "fsdp2"), (ADAM, "fsdp2"), (ADAM, "tensor_parallel")):
     for side in MODULES:
         what = f"{mode_name}/{name}"
         CHECKS[f"checkpoint/{what}/saved by {side}"] = Check(
@@ -126,6 +129,6 @@ for name, mode_name in (("momentum", "fsdp2"), ("adam", "fsdp2"), ("adam", "tens
                 CHECKS[f"checkpoint/{what}/{side} to {by}"] = Check(
                     functools.partial(check_load, side, name, mode_name, by), (2, 4) if side != by else (2,)
                 )
-for name in ("momentum", "adam"):
+for name in (MOMENTUM, ADAM):
     CHECKS[f"checkpoint/full state/{name}"] = Check(functools.partial(check_full_state, name))
     CHECKS[f"checkpoint/zero/{name}"] = Check(functools.partial(check_zero, name))

@@ -17,15 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
 from common import kernel_calls
+from optimizers import CONFIGURATIONS, OURS, THEIRS
 
 N_STEPS, N_ROWS, N_FEATURES, N_HIDDEN, N_CLASSES = 20, 16, 10, 12, 3  # 3 classes on 4 processes: an empty shard
 OPTIMIZERS = {
-    "sgd": ("SGD", dict(lr=0.1, weight_decay=0.01)),
-    "momentum": ("SGD", dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01)),
-    "rmsprop": ("RMSprop", dict(lr=3e-3, momentum=0.5, centered=True)),
-    "adam": ("Adam", dict(lr=1e-2, amsgrad=True, weight_decay=0.01)),
-    "adamw": ("AdamW", dict(lr=1e-2, weight_decay=0.1)),
+    "-".join([name.lower(), *(key for key in options if key not in ("lr", "weight_decay"))]): (name, options)
+    for name, options in CONFIGURATIONS
 }
+MOMENTUM, ADAM, ADAMW = "sgd-momentum-nesterov", "adam-amsgrad", "adamw"  # where two or three must do
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def alone(name, dtype=torch.float64, max_norm=None):
     """Parameters of the training by torch's optimizer in a single process."""
     cls, options = OPTIMIZERS[name]
     mode = Mode(lambda model: model, is_data_parallel=False, max_norm=max_norm)
-    return parameters(train(getattr(torch.optim, cls), options, mode, dtype)[0])
+    return parameters(train(getattr(THEIRS, cls), options, mode, dtype)[0])
 
 
 def largest_difference(ours, theirs):
@@ -174,10 +173,10 @@ def largest_difference(ours, theirs):
 def check_mode(mode, name, dtype, _folder):
     cls, options = OPTIMIZERS[name]
     truth = alone(name, max_norm=mode.max_norm)
-    model, optimizer, n_calls = train(getattr(fastopt, cls), options, mode, dtype)
+    model, optimizer, n_calls = train(getattr(OURS, cls), options, mode, dtype)
     result = {"fastopt": largest_difference(parameters(model), truth), "n_calls": n_calls}
     if dtype != torch.float64:
-        torch_model, *_ = train(getattr(torch.optim, cls), options, mode, dtype)
+        torch_model, *_ = train(getattr(THEIRS, cls), options, mode, dtype)
         result["torch"] = largest_difference(parameters(torch_model), truth)
     for param, state in getattr(optimizer, "optim", optimizer).state.items():
         for key, value in state.items():
@@ -192,11 +191,11 @@ EVERY_OPTIMIZER = ("ddp", "fsdp2", "tensor_parallel", "zero")
 CHECKS = {
     f"{mode_name}/{name}/float64": Check(
         functools.partial(check_mode, mode, name, torch.float64),
-        mode.n_processes if name == "adam" or mode_name == "fsdp2" else (2,),
+        mode.n_processes if name == ADAM or mode_name == "fsdp2" else (2,),
     )
     for mode_name, mode in MODES.items()
-    for name in (OPTIMIZERS if mode_name in EVERY_OPTIMIZER else ("adam",))
+    for name in (OPTIMIZERS if mode_name in EVERY_OPTIMIZER else (ADAM,))
 }
 MIXED_MODE = Mode(functools.partial(shard_all, mp_policy=MIXED))
 for mode_name, mode in (("ddp", MODES["ddp"]), ("fsdp2", MODES["fsdp2"]), ("fsdp2-mixed_precision", MIXED_MODE)):
-    CHECKS[f"{mode_name}/adamw/float32"] = Check(functools.partial(check_mode, mode, "adamw", torch.float32))
+    CHECKS[f"{mode_name}/{ADAMW}/float32"] = Check(functools.partial(check_mode, mode, ADAMW, torch.float32))

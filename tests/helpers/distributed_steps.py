@@ -10,8 +10,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import fastopt
 from common import error, is_native, kernel_calls
-from distributed_modes import OPTIMIZERS, Check, largest_difference, mesh, parameters, shard_all, whole
+from distributed_modes import ADAM, MOMENTUM, OPTIMIZERS, Check, largest_difference, mesh, parameters, shard_all, whole
 from distributed_modes import build as build_model
+from optimizers import OURS, THEIRS
 
 N_STEPS = 3
 PLACEMENTS = {"sharded": Shard(0), "by column": Shard(1), "replicated": Replicate(), "partial": Partial()}
@@ -40,9 +41,9 @@ def step_placed(optimizer_class, options, param_placement, grad_placement):
 
 def check_placements(name, param_placement, grad_placement, _folder):
     cls, options = OPTIMIZERS[name]
-    param, optimizer, n_calls = step_placed(getattr(fastopt, cls), options, param_placement, grad_placement)
+    param, optimizer, n_calls = step_placed(getattr(OURS, cls), options, param_placement, grad_placement)
     alone = torch.nn.Parameter(values(0))
-    truth = getattr(torch.optim, cls)([alone], **options)
+    truth = getattr(THEIRS, cls)([alone], **options)
     for step in range(N_STEPS):
         alone.grad = values(step + 1)
         truth.step()
@@ -111,7 +112,7 @@ CHECKS = {
     f"placements/{name}/{param} parameter, {grad} gradient": Check(
         functools.partial(check_placements, name, param, grad), (2,)
     )
-    for name in ("momentum", "adam")
+    for name in (MOMENTUM, ADAM)
     for param, grad in itertools.product(("sharded", "by column", "replicated"), PLACEMENTS)
 }
 CHECKS |= {

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-import fastopt
+from optimizers import CONFIGURATIONS, OURS, THEIRS
 
 
 def outcome(call):
@@ -51,16 +51,6 @@ def assert_same(found, expected, where=""):
         assert found == expected, where
 
 
-CONFIGURATIONS = [
-    ("SGD", dict(lr=0.05)),
-    ("SGD", dict(lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1)),
-    ("RMSprop", dict(lr=0.01)),
-    ("RMSprop", dict(lr=0.01, momentum=0.9, centered=True)),
-    ("Adam", dict(lr=0.01, amsgrad=True)),
-    ("AdamW", dict(lr=0.01)),
-]
-
-
 class Maker:
     """Makes parameters, and optimizers of one class with fixed options."""
 
@@ -97,7 +87,7 @@ def with_torchs_class_and_ours(programs):
     @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
     @pytest.mark.parametrize("program", programs, ids=lambda program: program.__name__)
     def test(program, name, options):
-        expected = program(Maker(getattr(torch.optim, name), options))
-        assert_same(program(Maker(getattr(fastopt, name), options)), expected)
+        expected = program(Maker(getattr(THEIRS, name), options))
+        assert_same(program(Maker(getattr(OURS, name), options)), expected)
 
     return test

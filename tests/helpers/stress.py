@@ -1,6 +1,6 @@
 """Steps and losses in some threads, while others replace gradients, states and groups, fork and interrupt.
 
-    python tests/helpers/stress.py SECONDS
+    PYTHONPATH=tests/helpers:tests/tables python tests/helpers/stress.py SECONDS
 
 What torch alone does not survive is left out: ``p.grad = None`` frees the gradient before it is gone, ``p.data = x``
 frees memory that a kernel works in. Prints how often each thing happened. Exits with 1 if a forked child failed or
@@ -18,15 +18,11 @@ import time
 import torch
 
 import fastopt
+from optimizers import OURS, THEIRS, WITH_STATES
 
 SIZES = (300_000, 5, 70_000, 1)  # some whose steps let the interpreter go
 MANY_SIZES = (7,) * 150  # gathered by several threads
-CLASSES = {
-    "SGD": dict(lr=1e-3, momentum=0.9),
-    "RMSprop": dict(lr=1e-3, momentum=0.9, centered=True),
-    "Adam": dict(lr=1e-3),
-    "AdamW": dict(lr=1e-3, amsgrad=True),
-}
+CLASSES = {name: dict(options, lr=1e-3) for name, options in WITH_STATES.items()}
 CHILD_SECONDS = 60
 
 counts = collections.Counter()
@@ -53,7 +49,7 @@ class Actions:
 
     def __init__(self, name, sizes):
         self.params = [torch.nn.Parameter(torch.randn(size)) for size in sizes]
-        self.optimizer = getattr(fastopt, name)(self.params, **CLASSES[name])
+        self.optimizer = getattr(OURS, name)(self.params, **CLASSES[name])
         self.replace_gradient()
 
     def step(self):
@@ -128,8 +124,8 @@ def check(actions):
         for param in made.params:
             param.data.nan_to_num_(0, 0, 0)  # a variance may be negative where its states are of different steps
         params = [p.detach().clone().requires_grad_() for p in made.params]
-        theirs = getattr(torch.optim, name)(params, **CLASSES[name])
-        ours = getattr(fastopt, name)(made.params, **CLASSES[name])
+        theirs = getattr(THEIRS, name)(params, **CLASSES[name])
+        ours = getattr(OURS, name)(made.params, **CLASSES[name])
         for _ in range(3):
             for a, b in zip(made.params, params, strict=True):
                 a.grad = torch.randn_like(a)

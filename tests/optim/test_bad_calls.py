@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-import fastopt
 from bad_calls import CALLS, CLASSES, make
 from bad_options import CLEARER, NEGATIVE_VARIANCE, OPTIONS, TAKEN, group
 from bad_steps import TENSORS
 from common import error
+from optimizers import OPTIMIZERS, OURS, THEIRS
 
 STEPS = {**TENSORS, **OPTIONS}
 FUSED_REFUSES = {f"parameter {what}" for what in ("int64", "bool", "complex64", "complex32", "on meta")} | {
@@ -87,7 +87,7 @@ def assert_as_in_torch(ours, theirs):
 @pytest.mark.parametrize("row", [row for row in STEPS if row not in {*CLEARER, *TAKEN, *NEGATIVE_VARIANCE}])
 def test_step_with_odd_input_ends_as_in_torch_or_changes_nothing(row):
     for name, n_steps in each_way():
-        ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (fastopt, torch.optim))
+        ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (OURS, THEIRS))
         assert_as_in_torch(ours, theirs)
 
 
@@ -95,36 +95,36 @@ def test_step_with_odd_input_ends_as_in_torch_or_changes_nothing(row):
 @pytest.mark.parametrize("row", [row for row in TENSORS if row not in FUSED_REFUSES | NEGATIVE_VARIANCE])
 def test_odd_tensor_with_fused_ends_as_in_torch_without_fused(row):
     """torch's fused kernels check neither shapes nor layouts; ours do, also where torch's implementation runs."""
-    for name, n_steps in itertools.product(("SGD", "Adam", "AdamW"), (0, 2)):
-        ours = outcome(getattr(fastopt, name), name, n_steps, TENSORS[row], take_step, fused=True)
-        assert_as_in_torch(ours, outcome(getattr(torch.optim, name), name, n_steps, TENSORS[row], take_step))
+    for name, n_steps in itertools.product([row.name for row in OPTIMIZERS if row.has("fused")], (0, 2)):
+        ours = outcome(getattr(OURS, name), name, n_steps, TENSORS[row], take_step, fused=True)
+        assert_as_in_torch(ours, outcome(getattr(THEIRS, name), name, n_steps, TENSORS[row], take_step))
 
 
 @pytest.mark.parametrize("row", CLEARER)
 def test_error_for_a_non_number_holds_its_name_and_value(row):
     kind, message = CLEARER[row]
     for name, n_steps in each_way():
-        ours = outcome(getattr(fastopt, name), name, n_steps, STEPS[row], take_step)
-        if row.split()[0] in getattr(torch.optim, name)([torch.ones(1)]).defaults:
+        ours = outcome(getattr(OURS, name), name, n_steps, STEPS[row], take_step)
+        if row.split()[0] in getattr(THEIRS, name)([torch.ones(1)]).defaults:
             assert ours[0] is kind
             assert re.fullmatch(message, ours[1])
             assert ours[2], f"{ours[1]}: but something was changed"
         else:  # an option of other classes
-            assert_as_in_torch(ours, outcome(getattr(torch.optim, name), name, n_steps, STEPS[row], take_step))
+            assert_as_in_torch(ours, outcome(getattr(THEIRS, name), name, n_steps, STEPS[row], take_step))
 
 
 @pytest.mark.parametrize("row", TAKEN)
 def test_extra_accepted_values_equal_plain_numbers(row):
     for name, n_steps in each_way():
-        ours = outcome(getattr(fastopt, name), name, n_steps, STEPS[row], take_step)
-        plain = outcome(getattr(fastopt, name), name, n_steps, group(**TAKEN[row]), take_step)
+        ours = outcome(getattr(OURS, name), name, n_steps, STEPS[row], take_step)
+        plain = outcome(getattr(OURS, name), name, n_steps, group(**TAKEN[row]), take_step)
         assert_as_in_torch(ours, plain)
 
 
 @pytest.mark.parametrize("row", sorted(NEGATIVE_VARIANCE))
 def test_negative_centered_variance_is_no_worse_than_in_torch(row):
     for name, n_steps in each_way():
-        ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (fastopt, torch.optim))
+        ours, theirs = (outcome(getattr(m, name), name, n_steps, STEPS[row], take_step) for m in (OURS, THEIRS))
         if name == "RMSprop":
             assert not is_failure(ours)
             for own, other in zip(ours[1][0], theirs[1][0], strict=True):
@@ -136,7 +136,7 @@ def test_negative_centered_variance_is_no_worse_than_in_torch(row):
 @pytest.mark.parametrize("row", CALLS)
 def test_odd_call_ends_as_in_torch_or_changes_nothing(row):
     for name, n_steps in each_way():
-        ours, theirs = (outcome(getattr(m, name), name, n_steps, leave, CALLS[row]) for m in (fastopt, torch.optim))
+        ours, theirs = (outcome(getattr(m, name), name, n_steps, leave, CALLS[row]) for m in (OURS, THEIRS))
         assert_as_in_torch(ours, theirs)
 
 

@@ -9,7 +9,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import fastopt
 from common import kernel_calls
-from optim_helpers import CONFIGURATIONS, attempt, named, seen, step_through, with_torchs_class_and_ours
+from optim_helpers import attempt, named, seen, step_through, with_torchs_class_and_ours
+from optimizers import CONFIGURATIONS
 
 
 class Halving(dict):

@@ -8,13 +8,11 @@ import torch
 import fastopt
 from common import error
 from optim_cases import make_params, set_grads
+from optimizers import NAMES, OPTIMIZERS, WITH_STATES
 
 SHAPES = [(7, 3), (5, 4), (3, 2)]
-OURS = ("Adam", "AdamW", "SGD", "RMSprop")
-SAME = {("Adam", "Adam"), ("Adam", "AdamW"), ("AdamW", "Adam"), ("AdamW", "AdamW"), ("SGD", "SGD")}
-SAME |= {("RMSprop", "RMSprop")}
-# Options that each class needs to have all its state.
-OPTIONS = {"SGD": dict(momentum=0.9), "RMSprop": dict(momentum=0.9, centered=True), "Adam": dict(amsgrad=True)}
+IN_TORCH = [row.name for row in OPTIMIZERS if row.is_in_torch]
+SAME = {(row.name, other.name) for row in OPTIMIZERS for other in OPTIMIZERS if row.operator == other.operator}
 TORCH = sorted(
     name
     for name, cls in vars(torch.optim).items()
@@ -25,7 +23,7 @@ TORCH = sorted(
 def trained(name, n_steps, **options):
     """The parameters of an optimizer of torch.optim after some steps, and the optimizer."""
     params = make_params(SHAPES)
-    optimizer = getattr(torch.optim, name)(params, lr=0.01, **OPTIONS.get(name, {}), **options)
+    optimizer = getattr(torch.optim, name)(params, lr=0.01, **WITH_STATES.get(name, {}), **options)
     for step in range(n_steps):
         set_grads(params, seed=step)
         if name == "SparseAdam":
@@ -36,14 +34,14 @@ def trained(name, n_steps, **options):
 
 
 def test_torch_has_the_optimizers_of_these_tests():
-    assert {"Adafactor", "Adamax", "LBFGS", "NAdam", "RAdam", "SparseAdam", *OURS} <= set(TORCH)
+    assert {"Adafactor", "Adamax", "LBFGS", "NAdam", "RAdam", "SparseAdam", *IN_TORCH} <= set(TORCH)
 
 
 @pytest.mark.parametrize("n_steps", [0, 2])
 @pytest.mark.parametrize("name", TORCH)
 def test_each_optimizer_of_torch_continues_as_itself_or_is_refused(name, n_steps):
     params, optimizer = trained(name, n_steps)
-    for ours in OURS:
+    for ours in NAMES:
         continued = getattr(fastopt, ours)(params, lr=0.5)
         if (name, ours) in SAME:
             assert fastopt.convert_state_dict(optimizer.state_dict(), continued)["param_groups"][0]["lr"] == 0.01
@@ -205,13 +203,14 @@ LEFT_IN_GROUPS = {
 
 
 @pytest.mark.parametrize("schedule", LEFT_IN_GROUPS.values(), ids=LEFT_IN_GROUPS)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", IN_TORCH)
 def test_group_entries_of_schedulers_and_parameter_names_are_kept(name, schedule):
     params = make_params([(3, 2)])
-    optimizer = getattr(torch.optim, name)([("weight", params[0])], lr=0.1, **OPTIONS.get(name, {}))
+    optimizer = getattr(torch.optim, name)([("weight", params[0])], lr=0.1, **WITH_STATES[name])
     schedule(optimizer)
     group = optimizer.state_dict()["param_groups"][0]
-    found = fastopt.convert_state_dict(optimizer.state_dict(), getattr(fastopt, name)(params, **OPTIONS.get(name, {})))
+    ours = getattr(fastopt, name)(params, **WITH_STATES[name])
+    found = fastopt.convert_state_dict(optimizer.state_dict(), ours)
     assert found["param_groups"] == [group]
     assert group.keys() >= {"param_names"}
 

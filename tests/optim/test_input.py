@@ -9,13 +9,13 @@ import devices
 import fastopt
 from common import error, kernel_calls
 from optim_cases import OPTIM_CASES, make_params, set_grads
+from optimizers import NAMES, OURS, THEIRS
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 ids = [str(case) for case in OPTIM_CASES]
 all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-CLASSES = ["SGD", "RMSprop", "Adam", "AdamW"]
-all_classes = pytest.mark.parametrize("name", CLASSES)
+all_classes = pytest.mark.parametrize("name", NAMES)
 
 
 def tied_views(dtype):
@@ -150,7 +150,7 @@ def test_unusual_tensors_give_torchs_result_or_torchs_error(make, name):
     if make is with_capturable and devices.current() == devices.SHIM_DEVICE:
         pytest.skip("the shim's kernels take what those of a GPU take")
     results = []
-    for module in (fastopt, torch.optim):
+    for module in (OURS, THEIRS):
         try:
             params, optimizer = make(getattr(module, name))
             optimizer.step()
@@ -194,7 +194,7 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize("options", BAD_ARGUMENTS, ids=str)
 def test_constructors_raise_what_torchs_raise(options, name):
     outcomes = []
-    for module in (fastopt, torch.optim):
+    for module in (OURS, THEIRS):
         arguments = {"params": [torch.nn.Parameter(torch.ones(2))], **options}
         try:
             outcomes.append(repr(getattr(module, name)(**arguments)))

@@ -9,6 +9,7 @@ import fastopt
 from common import DTYPES, kernel_calls, threads
 from optim_cases import OPTIM_CASES
 from optim_helpers import outcome
+from optimizers import CONFIGURATIONS
 
 pytestmark = pytest.mark.native
 
@@ -270,9 +271,9 @@ def a_rate_of_its_own(optimizer, params):
 @change(False, at=(0,))
 def other_states_in_one_group(optimizer, params):
     group = optimizer.param_groups[1]
-    for option, value in (("amsgrad", True), ("centered", True), ("momentum", 0.0 if group.get("momentum") else 0.5)):
+    for option, value in (("amsgrad", True), ("centered", True), ("momentum", 0.5)):
         if option in group:
-            group[option] = value
+            group[option] = type(value)(0) if group[option] else value
 
 
 @change(None, at=(5,))
@@ -292,11 +293,8 @@ def a_copy(optimizer, params):
     optimizer.__setstate__(copy.copy(optimizer.__getstate__()))
 
 
-NAMES = {"SGD": dict(lr=0.05), "momentum": dict(lr=0.05, momentum=0.9), "RMSprop": dict(lr=0.01), "Adam": dict(lr=0.01)}
-
-
-def run_with(change, at, name):
-    optimizer, params = made(getattr(fastopt, "SGD" if name == "momentum" else name), NAMES[name])
+def run_with(change, at, name, options):
+    optimizer, params = made(getattr(fastopt, name), options)
     seen = []
     for step in range(N_STEPS):
         give_gradients(params, step)
@@ -307,11 +305,11 @@ def run_with(change, at, name):
     return [str(each) if isinstance(each, Exception) else each for each in seen]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_between_steps_give_what_torch_gives(change, name):
+def test_changes_between_steps_give_what_torch_gives(change, name, options):
     function, is_threaded, at = CHANGES[change]
-    alone, together, n_threaded = results(run_with, function, at, name)
+    alone, together, n_threaded = results(run_with, function, at, name, options)
     assert together == alone
     if is_threaded is not None:  # two before the change: the first step makes states
         assert (n_threaded > 2) == is_threaded, n_threaded

@@ -11,7 +11,7 @@ import torch
 
 import fastopt
 from common import ROOT, error, kernel_calls, threads
-from optim_helpers import CONFIGURATIONS
+from optimizers import CONFIGURATIONS, OURS, THEIRS
 
 configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 N = 60_000  # elements, enough for two threads
@@ -161,7 +161,7 @@ def test_tensors_that_share_memory_are_stepped_as_in_torch(situation, name, opti
         return [p.detach().clone() for p in params]
 
     with threads(2):
-        expected = run(torch.optim)
+        expected = run(THEIRS)
         for _ in range(3):
             for p, q in zip(run(fastopt), expected, strict=True):
                 assert p.dtype == q.dtype
@@ -272,7 +272,7 @@ def seconds_of_steps(cases, n):
 @pytest.mark.native
 @configurations
 def test_many_tensors_in_one_storage_take_no_longer_than_in_torch(name, options):
-    cases = [(getattr(module, name), options, views_of_one_storage) for module in (fastopt, torch.optim)]
+    cases = [(getattr(module, name), options, views_of_one_storage) for module in (OURS, THEIRS)]
     ours, theirs = seconds_of_steps(cases, 3000)
     assert ours <= 2 * theirs + 0.005
 

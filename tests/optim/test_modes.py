@@ -11,13 +11,13 @@ import devices
 import fastopt
 from common import error, is_native
 from optim_cases import OPTIM_CASES, make_params, set_grads
+from optimizers import NAMES, OPTIMIZERS
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 ids = [str(case) for case in OPTIM_CASES]
 all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-CLASSES = ["SGD", "RMSprop", "Adam", "AdamW"]
-all_classes = pytest.mark.parametrize("name", CLASSES)
+all_classes = pytest.mark.parametrize("name", NAMES)
 
 
 def one_param(name, value=1.0, n=4, **options):
@@ -127,8 +127,8 @@ def test_schedules_run_as_with_torch_and_without_warning(case):
 @pytest.mark.parametrize("fused", [None, True])
 @all_cases
 def test_scaler_skips_overflowing_steps_without_making_states(case, fused, overflow_at):
-    if fused and case.name == "RMSprop":
-        pytest.skip("torch's RMSprop has no fused")
+    if fused and not case.has("fused"):
+        pytest.skip("torch has no such argument")
     options = {**case.options, "fused": True} if fused else case.options
     results = []
     for cls, opts in ((case.ours, options), (case.theirs, case.options)):
@@ -171,34 +171,26 @@ def test_torch_compile_of_a_step_gives_the_same(name):
         assert error(p, q) <= 1e-5  # torch's compiled step corrects the bias in float32
 
 
-def one_step():
-    return [torch.tensor(3.0), torch.tensor(3.0)]
-
-
-OPS = [
-    ("sgd_", lambda t: ([t(), t()], [t(), t()], []), dict(lr=0.1, weight_decay=0.1, maximize=True)),
-    ("sgd_", lambda t: ([t(), t()], [t(), t()], [t(), t()]), dict(lr=0.1, momentum=0.9, nesterov=True)),
-    ("sgd_", lambda t: ([t(), t()], [t(), t()], [t(), t()]), dict(lr=0.1, momentum=0.9, is_first_step=True)),
-    ("rmsprop_", lambda t: ([t(), t()], [t(), t()], [t(), t()], [], [], one_step()), dict(lr=0.1)),
-    (
-        "rmsprop_",
-        lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [t(), t()], one_step()),
-        dict(lr=0.1, momentum=0.9, centered=True),
-    ),
-    ("adam_", lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [], one_step()), dict(lr=0.1)),
-    (
-        "adam_",
-        lambda t: ([t(), t()], [t(), t()], [t(), t()], [t(), t()], [t(), t()], one_step()),
-        dict(lr=0.1, amsgrad=True, weight_decay=0.1, decoupled_weight_decay=True),
-    ),
+OPERATOR_CALLS = [  # operator, states, options
+    *((row.operator, row.states(options), options) for row in OPTIMIZERS for options in row.typical),
+    ("sgd_", [], dict(lr=0.1, weight_decay=0.1, maximize=True)),
+    ("sgd_", ["momentum_buffer"], dict(lr=0.1, momentum=0.9, is_first_step=True)),
+    ("adam_", ["exp_avg", "exp_avg_sq"], dict(lr=0.1, weight_decay=0.1, decoupled_weight_decay=True)),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "make", "options"), OPS, ids=["-".join([op, *options]) for op, _, options in OPS])
-def test_operators_pass_opcheck(op, make, options, dtype):
-    args = make(lambda: torch.rand(5, 2, dtype=dtype))
-    torch.library.opcheck(getattr(torch.ops.fastopt, op).default, args, options)
+@pytest.mark.parametrize(("name", "states", "options"), OPERATOR_CALLS, ids=str)
+def test_operators_pass_opcheck(name, states, options, dtype):
+    operator = getattr(torch.ops.fastopt, name).default
+    lists = [argument.name for argument in operator._schema.arguments if not argument.kwarg_only]
+    args = [
+        [torch.tensor(3.0) if what == "state_steps" else torch.rand(5, 2, dtype=dtype) for _ in range(2)]
+        if what in ("params", "grads", "state_steps") or what.removesuffix("s") in states
+        else []
+        for what in lists
+    ]
+    torch.library.opcheck(operator, args, options)
 
 
 @pytest.mark.native

@@ -6,14 +6,8 @@ import torch
 import fastopt
 from common import is_native, kernel_calls
 from optim_helpers import assert_same, outcome
+from optimizers import BY_NAME, CONFIGURATIONS, OURS, THEIRS
 
-CONFIGURATIONS = [
-    ("SGD", dict(lr=0.05)),
-    ("SGD", dict(lr=0.05, momentum=0.9)),
-    ("RMSprop", dict(lr=0.01)),
-    ("Adam", dict(lr=0.01)),
-    ("AdamW", dict(lr=0.01, amsgrad=True)),
-]
 N_STEPS = 3
 
 
@@ -77,14 +71,14 @@ def plain(value):
 def test_a_step_with_odd_parameters_is_torchs_or_fails_as_it_does_and_changes_nothing(name, options, what):
     for place, indices in PLACES.items():
         ends = []
-        for module in (fastopt.optim, torch.optim):
+        for module in (OURS, THEIRS):
             optimizer, params, give_grads = made(getattr(module, name), options, indices, *ODD[what])
             for _ in range(N_STEPS):
                 give_grads()
                 before = left(optimizer, params)
                 failure = outcome(optimizer.step)
                 if failure is not None:
-                    if module is fastopt.optim:
+                    if module is OURS:
                         assert_same(left(optimizer, params), before, f"{place}: {failure}")
                     break
             ends.append((type(failure), str(failure)) if failure is not None else left(optimizer, params))
@@ -94,7 +88,7 @@ def test_a_step_with_odd_parameters_is_torchs_or_fails_as_it_does_and_changes_no
 @pytest.mark.parametrize("what", ["complex", "not dense", "sparse gradient"])
 @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS)
 def test_kernels_step_all_but_unusual_parameters(name, options, what):
-    if what == "sparse gradient" and name != "SGD":
+    if what == "sparse gradient" and not BY_NAME[name].takes_sparse:
         return
     optimizer, _, give_grads = made(getattr(fastopt, name), options, [1, 4], *ODD[what])
     before = kernel_calls("update")
@@ -128,7 +122,7 @@ def share_state(params, optimizer, first, odd):
 def test_odd_parameters_that_share_memory_with_others_are_stepped_in_order(name, options, share):
     for first, odd in ((0, 1), (4, 1)):
         ends = []
-        for module in (fastopt.optim, torch.optim):
+        for module in (OURS, THEIRS):
             optimizer, params, give_grads = made(getattr(module, name), options, [odd], sliced, sliced)
             give_grads()
             optimizer.step()
@@ -143,8 +137,8 @@ def test_odd_parameters_that_share_memory_with_others_are_stepped_in_order(name,
 def test_a_gradient_scaler_skips_or_unscales_odd_parameters_too(name):
     for value in (2.0, float("inf")):
         ends = []
-        for module in (fastopt.optim, torch.optim):
-            options = dict(lr=0.1, fused=module is fastopt.optim)
+        for module in (OURS, THEIRS):
+            options = dict(lr=0.1, fused=module is OURS)
             optimizer, params, give_grads = made(getattr(module, name), options, [1], sliced, sliced)
             scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
             for _ in range(N_STEPS):

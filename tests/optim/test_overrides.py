@@ -11,7 +11,8 @@ import torch
 
 import fastopt
 from fastopt.optim import optimizer as optimizer_module
-from optim_helpers import CONFIGURATIONS, attempt, seen, step_through, with_torchs_class_and_ours
+from optim_helpers import attempt, seen, step_through, with_torchs_class_and_ours
+from optimizers import CONFIGURATIONS
 
 
 def init_group_that_changes_the_lists(make):

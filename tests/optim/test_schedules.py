@@ -7,7 +7,8 @@ import torch
 from torch.optim import lr_scheduler, swa_utils
 
 import fastopt
-from optim_helpers import CONFIGURATIONS, assert_same, seen, step_through
+from optim_helpers import assert_same, seen, step_through
+from optimizers import CONFIGURATIONS, OURS, THEIRS
 
 # Makers of schedules by name; each name in torch's list has one.
 SCHEDULES = {
@@ -73,8 +74,8 @@ def test_a_schedule_moves_the_options_as_with_torch_and_none_warns(name, options
         # torch's own: a new schedule steps once before its optimizer does.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         warnings.filterwarnings("ignore", "To get the last learning rate")
-        expected = train(getattr(torch.optim, name))
-        assert_same(train(getattr(fastopt, name)), expected)
+        expected = train(getattr(THEIRS, name))
+        assert_same(train(getattr(OURS, name)), expected)
 
 
 def test_schedule_detects_whether_its_optimizer_has_stepped():
@@ -115,7 +116,7 @@ def test_averaged_models_follow_a_model_that_is_trained(name, options):
         return {key: value.clone() for key, value in averaged.state_dict().items()}
 
     for average in AVERAGES:
-        assert_same(train(getattr(fastopt, name), average), train(getattr(torch.optim, name), average))
+        assert_same(train(getattr(OURS, name), average), train(getattr(THEIRS, name), average))
 
 
 @pytest.mark.parametrize("overflow_at", [(0,), (1,), (3,), (0, 1), ()], ids=str)
@@ -156,4 +157,4 @@ def test_one_scaler_serves_several_optimizers_and_a_skipped_step_makes_nothing(o
             log.append([seen(list(layer.parameters()), o) for layer, o in zip(layers, optimizers, strict=True)])
         return log
 
-    assert_same(train(fastopt), train(torch.optim))
+    assert_same(train(OURS), train(THEIRS))

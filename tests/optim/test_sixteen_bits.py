@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastopt
+from optimizers import CONFIGURATIONS
 
 pytestmark = pytest.mark.native
 
@@ -47,17 +48,7 @@ def test_results_are_rounded_as_torch_rounds(dtype, lr):
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("SGD", {}),
-        ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
-        ("RMSprop", {}),
-        ("RMSprop", {"momentum": 0.9, "centered": True, "weight_decay": 0.1}),
-        ("Adam", {"weight_decay": 0.1}),
-        ("AdamW", {"amsgrad": True, "maximize": True}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 def test_every_length_steps_each_element_on_its_own(name, options, dtype):
     """An element's step does not depend on how many others there are, nor is anything written behind the last."""
     n = 200
@@ -68,7 +59,7 @@ def test_every_length_steps_each_element_on_its_own(name, options, dtype):
     def stepped(lengths):
         memory = start.clone()
         params = [torch.nn.Parameter(part) for part in memory[: sum(lengths)].split(lengths)]
-        optimizer = getattr(fastopt, name)(params, lr=0.01, **options)
+        optimizer = getattr(fastopt, name)(params, **options)
         for grad in grads:
             for param, part in zip(params, grad[: sum(lengths)].split(lengths), strict=True):
                 param.grad = part.clone()

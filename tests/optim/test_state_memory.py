@@ -8,14 +8,14 @@ import torch
 
 import fastopt
 from common import kernel_calls
-from optim_helpers import CONFIGURATIONS
+from optimizers import BY_NAME, CONFIGURATIONS, OURS, THEIRS
 
 pytestmark = pytest.mark.native
 
 HUGE_PAGE = 2 << 20
 SLIGHTLY_LESS = HUGE_PAGE // 2 - 5  # elements of float32, than two pages
 configurations = pytest.mark.parametrize(
-    ("name", "options"), [c for c in CONFIGURATIONS if c[0] != "SGD" or "momentum" in c[1]], ids=str
+    ("name", "options"), [(n, o) for n, o in CONFIGURATIONS if set(BY_NAME[n].states(o)) - {"step"}], ids=str
 )
 
 
@@ -50,14 +50,14 @@ def states(optimizer, param):
 )
 def test_large_states_are_page_aligned_and_equal_torchs(name, options, shape, dtype, is_large, memory_format):
     before = kernel_calls("update")
-    optimizer, param = stepped(fastopt, name, options, shape, dtype, memory_format)
+    optimizer, param = stepped(OURS, name, options, shape, dtype, memory_format)
     assert kernel_calls("update") > before
-    expected = states(*stepped(torch.optim, name, options, shape, dtype, memory_format))
+    expected = states(*stepped(THEIRS, name, options, shape, dtype, memory_format))
     found = states(optimizer, param)
     assert list(found) == list(expected)
     # Memory of malloc's begins with a page by chance, but not in each of nine.
     n_more = 0 if is_large else 8
-    made = [found, *(states(*stepped(fastopt, name, options, shape, dtype, memory_format)) for _ in range(n_more))]
+    made = [found, *(states(*stepped(OURS, name, options, shape, dtype, memory_format)) for _ in range(n_more))]
     for key, state in found.items():
         assert all(one[key].data_ptr() % HUGE_PAGE == 0 for one in made) == is_large
         assert type(state) is torch.Tensor
@@ -71,7 +71,7 @@ def test_large_states_are_page_aligned_and_equal_torchs(name, options, shape, dt
 
 @configurations
 def test_memory_holds_exactly_what_a_state_needs(name, options):
-    optimizer, param = stepped(fastopt, name, options, (SLIGHTLY_LESS,))
+    optimizer, param = stepped(OURS, name, options, (SLIGHTLY_LESS,))
     for state in states(optimizer, param).values():
         assert state.untyped_storage().nbytes() == param.nbytes
         assert state.storage_offset() == 0
@@ -79,7 +79,7 @@ def test_memory_holds_exactly_what_a_state_needs(name, options):
 
 @configurations
 def test_states_can_be_copied_saved_grown_and_freed(name, options):
-    optimizer, param = stepped(fastopt, name, options, (SLIGHTLY_LESS,))
+    optimizer, param = stepped(OURS, name, options, (SLIGHTLY_LESS,))
     expected = {key: state.tolist() for key, state in states(optimizer, param).items()}
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
@@ -96,7 +96,7 @@ def test_states_can_be_copied_saved_grown_and_freed(name, options):
 @configurations
 def test_memory_of_a_freed_state_is_returned(name, options):
     fastopt.empty_cache()
-    optimizer, param = stepped(fastopt, name, options, (4 * HUGE_PAGE,))
+    optimizer, param = stepped(OURS, name, options, (4 * HUGE_PAGE,))
     del optimizer, param
     assert fastopt.empty_cache() == 0
 
@@ -113,13 +113,13 @@ def test_patched_zeros_like_still_makes_the_states(name, options, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch, "zeros_like", zeros_like)
-    optimizer, param = stepped(fastopt, name, options, (HUGE_PAGE // 4,))
+    optimizer, param = stepped(OURS, name, options, (HUGE_PAGE // 4,))
     assert [id(state) for state in states(optimizer, param).values()] == [id(state) for state in made]
 
 
 @configurations
 def test_in_inference_mode_states_are_as_torchs(name, options):
     with torch.inference_mode():
-        found = states(*stepped(fastopt, name, options, (HUGE_PAGE // 4,)))
-        expected = states(*stepped(torch.optim, name, options, (HUGE_PAGE // 4,)))
+        found = states(*stepped(OURS, name, options, (HUGE_PAGE // 4,)))
+        expected = states(*stepped(THEIRS, name, options, (HUGE_PAGE // 4,)))
     assert {k: s.is_inference() for k, s in found.items()} == {k: s.is_inference() for k, s in expected.items()}

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from optim_helpers import Maker, attempt, seen, step_through, with_torchs_class_and_ours
+from optimizers import THEIRS
 
 
 def kinds(params, optimizer):
@@ -65,7 +66,7 @@ def checkpoints_that_lack_or_exceed(make):
 def checkpoints_of_another_dtype(make):
     results = []
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        in_torch = Maker(getattr(torch.optim, make.cls.__name__), make.options)
+        in_torch = Maker(getattr(THEIRS, make.cls.__name__), make.options)
         _, optimizer = in_torch.stepped(dtype=torch.float64 if dtype != torch.float64 else torch.bfloat16)
         params = make.params(dtype)
         other = make(params)

@@ -7,7 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastopt
 from common import kernel_calls
-from optim_helpers import CONFIGURATIONS, seen, step_through, with_torchs_class_and_ours
+from optim_helpers import seen, step_through, with_torchs_class_and_ours
+from optimizers import CONFIGURATIONS
 
 # --- Parameters -------------------------------------------------------------------------------------------------------
 

@@ -2,13 +2,9 @@
 
 import torch
 
-# Options that give every class all the states it can have.
-CLASSES = {
-    "SGD": dict(lr=0.1, momentum=0.9, weight_decay=0.01),
-    "RMSprop": dict(lr=0.1, momentum=0.9, centered=True),
-    "Adam": dict(lr=0.1, amsgrad=True),
-    "AdamW": dict(lr=0.1),
-}
+from optimizers import WITH_STATES
+
+CLASSES = {name: dict(options, lr=0.1) for name, options in WITH_STATES.items()}
 
 
 def make(cls, n_steps, options):

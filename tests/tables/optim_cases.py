@@ -4,23 +4,31 @@ from dataclasses import dataclass
 
 import torch
 
-import fastopt
 from common import to_device
+from optimizers import BY_NAME, OPTIMIZERS
 
 
 @dataclass(frozen=True)
 class OptimCase:
-    name: str  # of the class, in fastopt and in torch.optim
+    name: str  # in the table of optimizers
     options: dict
     why: str
 
     @property
     def ours(self):
-        return getattr(fastopt, self.name)
+        return BY_NAME[self.name].ours
 
     @property
     def theirs(self):
-        return getattr(torch.optim, self.name)
+        return BY_NAME[self.name].theirs
+
+    def has(self, option):
+        return BY_NAME[self.name].has(option)
+
+    @property
+    def has_step(self):
+        """True if its states have a count of steps."""
+        return "step" in BY_NAME[self.name].states(self.options)
 
     def __str__(self):
         return "-".join([self.name.lower(), *(f"{key}={value}" for key, value in self.options.items())])
@@ -55,6 +63,8 @@ OPTIM_CASES = [
     _case("AdamW", "defaults: decoupled decay"),
     _case("AdamW", "AMSGrad, maximize", lr=1e-5, weight_decay=0.1, amsgrad=True, maximize=True),
 ]
+
+assert [case.name for case in OPTIM_CASES if case.why.startswith("defaults")] == [row.name for row in OPTIMIZERS]
 
 
 def make_params(shapes, dtype=torch.float32, seed=0):
