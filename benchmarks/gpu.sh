@@ -61,7 +61,7 @@ read -ra sanitized <<<"${SANITIZED_TESTS:-tests/cuda/test_sanitizer.py}"
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     stage "$tool" 50 compute-sanitizer --tool "$tool" --kernel-name kernel_substring=fastopt --error-exitcode 99 \
-      "$python" -m pytest -q -m cuda "${sanitized[@]}" "${test_options[@]}"
+      "$python" -m pytest --all -q -m cuda "${sanitized[@]}" "${test_options[@]}"
   else
     summary+=("$tool: not run, no compute-sanitizer")
   fi

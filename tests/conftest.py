@@ -5,8 +5,13 @@ import shutil
 import pytest
 
 import devices
+import sample
 from common import is_native
 from stand_in import Holding, Package
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="all tests, not a sample (tests/helpers/sample.py)")
 
 
 def pytest_generate_tests(metafunc):
@@ -22,7 +27,10 @@ def device(request):
         yield name
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if sample.is_wanted(config):
+        items[:], others = sample.split(items)
+        config.hook.pytest_deselected(items=others)
     if is_native():
         return
     skip = pytest.mark.skip(reason="needs the compiled kernels")
@@ -31,10 +39,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
-def pytest_report_header():
+def pytest_report_header(config):
     import fastopt
 
-    return f"fastopt: {fastopt.info()['backend']}"
+    cases = "a sample of the cases; --all runs all" if sample.is_wanted(config) else "all cases"
+    return f"fastopt: {fastopt.info()['backend']}; {cases}"
 
 
 @pytest.fixture

@@ -178,6 +178,7 @@ FORKED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @all_classes
@@ -188,6 +189,7 @@ def test_a_child_forked_while_another_thread_steps_can_step(name):
     assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_steps_and_losses_survive_concurrent_changes():
     """FASTOPT_STRESS_SECONDS=60 for a minute."""
@@ -198,6 +200,7 @@ def test_steps_and_losses_survive_concurrent_changes():
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
@@ -241,6 +244,7 @@ CHANGED_TARGETS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.parametrize(("n_classes", "n_inner"), [(10, 0), (300, 0), (10, 40)])
 def test_targets_that_another_process_changes_are_read_once(n_classes, n_inner):
@@ -323,6 +327,7 @@ def test_step_keeps_the_handler_of_sigint(name):
         seen.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @all_classes
 def test_sigint_in_a_step_leaves_every_parameter_at_the_same_step(name):

@@ -178,6 +178,7 @@ def test_list_tells_every_case_and_its_bytes(capsys):
     assert lines[1].endswith("= 1,646,886,912 B")
 
 
+@pytest.mark.slow
 def test_run_from_end_to_end(tmp_path):
     (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None

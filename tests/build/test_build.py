@@ -11,6 +11,8 @@ import pytest
 
 from stand_in import DAMAGES, ROOT, TIMEOUT_S, USE, Holding, assert_one_warning, do_damage, script
 
+pytestmark = pytest.mark.slow
+
 # First use
 
 

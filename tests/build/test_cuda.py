@@ -12,6 +12,8 @@ from fastopt import _build_cuda
 from fastopt._build import BuildError
 from stand_in import DAMAGES, FAKE_NVCC, USE_CUDA, Holding, assert_one_warning, do_damage
 
+pytestmark = pytest.mark.slow
+
 COMPILED = Holding("compiling the CUDA kernels", "compiled in")
 INFO = """
     from fastopt import _native

@@ -11,6 +11,8 @@ import pytest
 
 from stand_in import FAKE_NVCC, ROOT, USE, USE_CUDA
 
+pytestmark = pytest.mark.slow
+
 # The library compiled at installation
 
 

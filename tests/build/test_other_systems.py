@@ -102,6 +102,7 @@ COMMANDS = [  # what is typed, FASTOPT_BACKEND, exit status, what is printed, wh
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "backend", "status", "printed", "said"), COMMANDS)
 def test_commands_run_without_posix(arguments, backend, status, printed, said, checkout):
     found, out, err = run(

@@ -11,7 +11,12 @@ import pytest
 import devices
 from common import ROOT, child_environment
 
-pytestmark = [pytest.mark.native, pytest.mark.shim, pytest.mark.skipif(devices.CXX is None, reason="needs g++")]
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.shim,
+    pytest.mark.slow,
+    pytest.mark.skipif(devices.CXX is None, reason="needs g++"),
+]
 
 TIMEOUT_S = 300
 

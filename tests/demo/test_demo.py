@@ -44,6 +44,7 @@ def run_python_m_fastopt(*arguments, folder):
 # The demo, end to end.
 
 
+@pytest.mark.slow
 def test_demo_tells_everything_in_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     files = ["--json", "out.json", "--png", "out.png"]

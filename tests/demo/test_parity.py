@@ -9,7 +9,7 @@ import torch
 import fastopt
 from common import ROOT, kernel_calls
 from fastopt.demo import data, models
-from optim_cases import OPTIM_CASES
+from optim_cases import OPTIM_CASES, one_of_each_class_is_quick
 
 N_STEPS = 100
 BATCH = 8
@@ -74,7 +74,7 @@ class Shadow:
         self.optimizer.step()
 
 
-@pytest.mark.parametrize("case", OPTIM_CASES, ids=str)
+@pytest.mark.parametrize("case", one_of_each_class_is_quick(OPTIM_CASES))
 def test_a_hundred_steps_of_the_cnn_agree_with_torch(case, batches):
     shadows = [Shadow(case, case.ours), Shadow(case, case.theirs)]
     true_losses, (early_truth, truth) = train(

@@ -119,6 +119,7 @@ def test_odd_arguments_of_the_loss_end_as_in_torch(row):
             assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_more_than_2_to_the_31_logits_are_indexed_in_64_bits():
     """Zeros that the system has not even put into memory: log C, from a target in the last row too."""

@@ -48,6 +48,7 @@ def first_use(cache, backend, was_replaced):
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(os.environ.get("FASTOPT_SANITIZE")), reason="compiles in more processes")
 @pytest.mark.parametrize(
     ("was_replaced", "backends"),

@@ -108,6 +108,7 @@ def test_an_exported_model_gives_the_loss():
     torch.testing.assert_close(exported.module()(X[:4], T[:4]), model(X[:4], T[:4]))
 
 
+@pytest.mark.slow
 @options_table
 def test_operators_pass_torchs_checks(options):
     for logits in SHAPES[:4]:

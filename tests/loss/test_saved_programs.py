@@ -121,6 +121,7 @@ def save_all(folder):
 KINDS = [f"{name} {kind}" for name in MODELS for kind in SAVE]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_fresh", [True, False], ids=["in a fresh process", "after eager losses"])
 def test_saved_programs_load_where_fastopt_is_not_imported(is_fresh, tmp_path):

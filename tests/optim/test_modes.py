@@ -232,6 +232,7 @@ def test_training_works_after_fork():
     child.join()
 
 
+@pytest.mark.slow
 def test_steps_leak_no_memory():
     import resource
 

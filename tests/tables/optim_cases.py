@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from common import to_device
@@ -65,6 +66,12 @@ OPTIM_CASES = [
 ]
 
 assert [case.name for case in OPTIM_CASES if case.why.startswith("defaults")] == [row.name for row in OPTIMIZERS]
+
+
+def one_of_each_class_is_quick(cases):
+    """Parameters of a test that takes seconds a case: all but the first case of each class are slow."""
+    first = {case.name: case for case in reversed(cases)}
+    return [pytest.param(c, id=str(c), marks=[] if first[c.name] is c else pytest.mark.slow) for c in cases]
 
 
 def make_params(shapes, dtype=torch.float32, seed=0):
