@@ -9,6 +9,7 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, error
+from optim_cases import OPTIM_CASES
 from optim_helpers import outcome, step_through
 from optimizers import NAMES, OPTIMIZERS
 
@@ -68,8 +69,9 @@ def test_torchs_table_has_every_optimizer_class():
     assert {info.name for info in INFOS} == {row.name for row in OPTIMIZERS if row.is_in_torch}
 
 
-def test_the_table_of_optimizers_has_every_class():
+def test_our_tables_have_every_optimizer_class():
     assert set(NAMES) == set(fastopt.optim.__all__)
+    assert list(dict.fromkeys(case.name for case in OPTIM_CASES)) == NAMES
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
