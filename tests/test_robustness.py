@@ -14,9 +14,10 @@ import torch
 
 import devices
 import fastopt
-from common import ROOT, TESTS, child_environment, error, is_native
+from common import error, is_native
 from optim_cases import make_params, set_grads
 from optimizers import NAMES, WITH_STATES
+from paths import ROOT, TESTS, child_environment
 
 all_classes = pytest.mark.parametrize("name", NAMES)
 N_STEPS = int(os.environ.get("FASTOPT_TEST_STEPS", 20_000 if is_native() else 1_000))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastopt
-from common import ROOT
+from paths import ROOT
 
 FILE = ROOT / "benchmarks" / "programs.py"
 OTHER = ROOT / "LICENSE"

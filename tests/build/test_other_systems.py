@@ -9,9 +9,9 @@ import textwrap
 import pytest
 import torch
 
-from common import ROOT
 from fastopt.demo import vision
 from optimizers import OPTIMIZERS
+from paths import ROOT
 
 # What only POSIX has of what Python brings. torch is imported before, for it asks which system this is.
 HIDE = """

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 import devices
-from common import ROOT, TESTS
+from paths import ROOT, TESTS
 
 pytestmark = pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 

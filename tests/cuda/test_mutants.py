@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 import devices
-from common import ROOT, child_environment
+from paths import ROOT, child_environment
 
 pytestmark = [
     pytest.mark.native,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common import TESTS, child_environment
+from paths import TESTS, child_environment
 
 SHIM = TESTS / "cuda_shim"
 CXX = shutil.which("g++")

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fuzz_idx
-from common import ROOT
 from fastopt.demo import data, glyphs, models, vision
 from fastopt.demo.idx import DataError, read_idx
+from paths import ROOT
 
 needs_torchvision = pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import fastopt
-from common import ROOT, kernel_calls
+from common import kernel_calls
 from fastopt.demo import data, models
 from optim_cases import OPTIM_CASES, one_of_each_class_is_quick
+from paths import ROOT
 
 N_STEPS = 100
 BATCH = 8

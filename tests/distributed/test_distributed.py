@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import distributed_worker
-from common import child_environment, is_native
+from common import is_native
 from distributed_modes import N_STEPS
 from fastopt.__main__ import main
 from fastopt.demo import data, processes, train
+from paths import child_environment
 
 pytestmark = [
     pytest.mark.slow,

@@ -1,16 +1,11 @@
 """Shared by all tests: the path that runs, and the rule by which a result is accepted."""
 
 import contextlib
-import os
-import sys
-from pathlib import Path
 
 import torch
 
 from fastopt import _native
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ROOT / "tests"
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,11 +13,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def is_native():
     """True if the compiled kernels are used; builds them if need be."""
     return _native.module() is not None
-
-
-def child_environment(**variables):
-    """The environment of a child process that can import what this one can: fastopt, tables and helpers."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **variables}
 
 
 def kernel_calls(name):

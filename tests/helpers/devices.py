@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import ROOT, TESTS
 from fastopt import _build, _jit, _native
+from paths import ROOT, TESTS
 
 SHIM = TESTS / "cuda_shim"
 CXX = shutil.which("g++")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 
-from common import ROOT
+from paths import ROOT
 
 RECIPE = ("_build.py", "_build_cuda.py", "_jit.py", "_native.py", "_native_cuda.py")
 TIMEOUT_S = 240

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
-from common import ROOT, is_native, kernel_calls
+from common import is_native, kernel_calls
 from loss_cases import make_values
+from paths import ROOT
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastopt
-from common import ROOT, child_environment, is_native, kernel_calls
+from common import is_native, kernel_calls
+from paths import ROOT, child_environment
 
 X, T = torch.linspace(-1, 1, 40).view(4, 10).sin(), torch.tensor([0, 9, 3, 5])
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastopt
-from common import ROOT, error, kernel_calls, threads
+from common import error, kernel_calls, threads
 from optimizers import CONFIGURATIONS, OURS, THEIRS
+from paths import ROOT
 
 configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
 N = 60_000  # elements, enough for two threads
