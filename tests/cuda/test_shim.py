@@ -65,6 +65,7 @@ def load(path):
 
 # Opening of the programs that run in a process of their own.
 PRELUDE = f"""
+import os
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_shim import *
