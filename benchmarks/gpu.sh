@@ -48,7 +48,7 @@ stage() {
 test_options=(-p no:cacheprovider)
 "$python" -c 'import pytest_timeout' 2>/dev/null && test_options+=(--timeout=60)
 if ! "$python" -c 'import hypothesis' 2>/dev/null; then
-  for file in $(grep -lE '^(import|from) hypothesis' tests/*.py); do test_options+=("--ignore=$file"); done
+  for file in $(grep -lE '^(import|from) hypothesis' -r tests --include=*.py); do test_options+=("--ignore=$file"); done
 fi
 
 stage machine 60 bash -c "nvidia-smi; nvcc --version; $python -c 'import torch; print(torch.__version__, torch.version.cuda)'; lscpu"
@@ -57,11 +57,11 @@ stage info 60 "$python" -m fastopt info
 stage tests 150 "$python" -m pytest -m cuda -q "${test_options[@]}"
 
 # Only our kernels, few tests: a sanitizer makes code a hundred times slower.
-read -ra sanitized <<<"${SANITIZED_TESTS:-tests/test_cuda_sanitizer.py}"
+read -ra sanitized <<<"${SANITIZED_TESTS:-tests/cuda/test_sanitizer.py}"
 for tool in memcheck racecheck; do
   if command -v compute-sanitizer >/dev/null; then
     stage "$tool" 50 compute-sanitizer --tool "$tool" --kernel-name kernel_substring=fastopt --error-exitcode 99 \
-      "$python" -m pytest -q -m cuda "${sanitized[@]}" "${test_options[@]}"
+      "$python" -m pytest --all -q -m cuda "${sanitized[@]}" "${test_options[@]}"
   else
     summary+=("$tool: not run, no compute-sanitizer")
   fi

@@ -5,8 +5,13 @@ import shutil
 import pytest
 
 import devices
+import sample
 from common import is_native
 from stand_in import Containing, Package
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="all tests, not a sample (tests/helpers/sample.py)")
 
 
 def pytest_generate_tests(metafunc):
@@ -17,24 +22,28 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module", autouse=True)
 def device(request):
-    """Where the module's tests run now."""
+    """The device that the module's tests run on now."""
     with devices.running_on(getattr(request, "param", devices.CPU)) as name:
         yield name
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if sample.is_wanted(config):
+        items[:], others = sample.split(items)
+        config.hook.pytest_deselected(items=others)
     if is_native():
         return
-    skip = pytest.mark.skip(reason="the reference path serves")
+    skip = pytest.mark.skip(reason="needs the compiled kernels")
     for item in items:
         if "native" in item.keywords:
             item.add_marker(skip)
 
 
-def pytest_report_header():
+def pytest_report_header(config):
     import fastopt
 
-    return f"fastopt: {fastopt.info()['backend']}"
+    cases = "a sample of the cases; --all runs all" if sample.is_wanted(config) else "all cases"
+    return f"fastopt: {fastopt.info()['backend']}; {cases}"
 
 
 @pytest.fixture

@@ -256,7 +256,7 @@ VERDICTS = {  # losses of torch and of fastopt, errors on the same logits and gr
 
 
 @pytest.mark.parametrize(("torch", "ours", "losses", "updates", "diverged"), VERDICTS.values(), ids=VERDICTS)
-def test_trainings_diverged_if_both_lost_their_loss_and_agreed_until_then(torch, ours, losses, updates, diverged):
+def test_trainings_diverged_if_both_losses_grew_and_agreed_until_then(torch, ours, losses, updates, diverged):
     verdict = judge(torch, ours, losses, updates)
     assert (verdict.ok, verdict.diverged) == (False, diverged)
     assert any("'s loss in step" in reason for reason in verdict.reasons)
@@ -276,14 +276,14 @@ def test_disagreement_of_one_optimizer_outweighs_divergence_of_another(monkeypat
     assert "Both trainings diverged" in out
 
 
-def test_learning_rate_of_which_no_step_stays_in_float32_is_refused(capsys):
+def test_learning_rate_beyond_float32_is_refused(capsys):
     with pytest.raises(SystemExit) as exited:
         main([*DEMO, "--lr", "1e38"])
     assert exited.value.code == 2
     assert "argument --lr: must be <= 1e+30, with which a step stays in float32, got 1e+38" in capsys.readouterr().err
 
 
-def test_digits_that_cannot_be_fetched_are_no_bad_input(monkeypatch, capsys):
+def test_failed_download_of_digits_exits_with_3(monkeypatch, capsys):
     def no_network(*arguments, **options):
         raise data.DownloadError("--download: torchvision could not fetch MNIST")
 

@@ -1,27 +1,16 @@
-"""Laws that hold for any shape, layout, dtype and option: no further from float64 than torch is.
-
-The examples are the same on every run; FASTOPT_TEST_EXAMPLES=5000 draws that many, new ones each time.
-"""
-
-import os
+"""Laws that hold for any shape, layout, dtype and option: no further from float64 than torch is."""
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error, is_native
+from common import DTYPES, HALVES, assert_no_worse, error
+from drawn_examples import assert_as_exact, drawn
 from loss_cases import loss_and_grad, make_values, truth_of
+from optimizers import OPTIMIZERS
 
-N_EXAMPLES = int(os.environ.get("FASTOPT_TEST_EXAMPLES", "0"))
-drawn = settings(
-    max_examples=N_EXAMPLES or 80,
-    derandomize=not N_EXAMPLES,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)
 
@@ -74,20 +63,6 @@ def losses(draw):
     return input, target, options
 
 
-def assert_as_exact(own, other, truth, slack_in_float64=32):
-    """No worse than torch's own by more than rounding; where torch overflows, truth is the measure.
-
-    The reference path is torch's own loss, at least in float32: it may overflow with it.
-    """
-    expected = truth.to(own.dtype)
-    if not is_native():
-        own = torch.where(other.isfinite() | (own != other), own, expected)
-    other = torch.where(other.isfinite(), other, expected)
-    one = own.new_ones(1)
-    slack = slack_in_float64 if own.dtype == torch.float64 else 4
-    assert_no_worse(*(torch.cat([v.flatten().to(own.dtype), one]) for v in (own, other, expected)), slack=slack)
-
-
 @drawn
 @given(losses())
 def test_any_loss_and_its_gradient_are_as_exact_as_torchs(case):
@@ -121,18 +96,10 @@ def test_the_gradient_of_any_loss_sums_to_zero_and_scales(case, factor):
 
 @st.composite
 def optimizers(draw):
-    name = draw(st.sampled_from(["SGD", "RMSprop", "Adam", "AdamW"]))
+    row = draw(st.sampled_from(OPTIMIZERS))
     decay = {"weight_decay": draw(st.sampled_from([0.0, 0.01, 0.5])), "maximize": draw(st.booleans())}
-    if name == "SGD":
-        momentum = draw(st.sampled_from([0.0, 0.5, 0.99]))
-        nesterov = momentum > 0 and draw(st.booleans())
-        own = dict(momentum=momentum, nesterov=nesterov, dampening=0 if nesterov else draw(st.sampled_from([0, 0.5])))
-    elif name == "RMSprop":
-        own = dict(alpha=draw(st.sampled_from([0.5, 0.9, 0.99])), momentum=draw(st.sampled_from([0, 0.9])), eps=1e-3)
-        own["centered"] = draw(st.booleans())
-    else:
-        own = dict(betas=draw(st.sampled_from([(0.9, 0.999), (0.0, 0.5), (0.5, 0.0)])), amsgrad=draw(st.booleans()))
-        own["eps"] = 1e-3
+    own = {option: st.sampled_from(values) for option, values in row.drawn.items()}
+    own = draw(st.fixed_dictionaries(own).filter(row.is_allowed))
     groups = []
     for _ in range(draw(st.integers(1, 3))):
         tensors = []
@@ -141,7 +108,7 @@ def optimizers(draw):
             dtype = draw(dtypes)
             tensors.append((sizes, dtype, draw(seeds), draw(st.integers(0, 2**30)), draw(st.booleans())))
         groups.append((tensors, draw(st.sampled_from([0.0, 1e-3, 0.125]))))
-    return name, {**decay, **own}, groups, draw(st.booleans())
+    return row, {**decay, **own}, groups, draw(st.booleans())
 
 
 def laid_out(values, seed):
@@ -180,11 +147,11 @@ def trajectory(cls, options, groups, dtype=None):
 @drawn
 @given(optimizers())
 def test_any_optimizer_is_as_exact_as_torchs(case):
-    name, options, groups, is_fused = case
-    extra = {"fused": True} if is_fused and name != "RMSprop" else {}
-    ours = trajectory(getattr(fastopt, name), {**options, **extra}, groups)
-    theirs = trajectory(getattr(torch.optim, name), options, groups)
-    truth = trajectory(getattr(torch.optim, name), options, groups, torch.float64)
+    row, options, groups, is_fused = case
+    extra = {"fused": True} if is_fused and row.has("fused") else {}
+    ours = trajectory(row.ours, {**options, **extra}, groups)
+    theirs = trajectory(row.theirs, options, groups)
+    truth = trajectory(row.theirs, options, groups, torch.float64)
     for own, other, exact in zip(ours, theirs, truth, strict=True):
         assert own.stride() == other.stride()
         slack = {torch.float64: 200}.get(own.dtype, 20 if own.dtype in HALVES else 8)

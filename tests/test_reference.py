@@ -1,4 +1,4 @@
-"""What the reference says by formula, against torch's autograd; the rest of it is tested wherever the kernels are."""
+"""The formulas of the reference path against torch's autograd; the rest of it is tested wherever the kernels are."""
 
 import itertools
 

@@ -16,9 +16,10 @@ import devices
 import fastopt
 from common import error, is_native
 from optim_cases import make_params, set_grads
+from optimizers import NAMES, WITH_STATES
+from paths import ROOT, TESTS, child_environment
 
-CLASSES = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True), "Adam": {}, "AdamW": dict(amsgrad=True)}
-all_classes = pytest.mark.parametrize("name", CLASSES)
+all_classes = pytest.mark.parametrize("name", NAMES)
 N_STEPS = int(os.environ.get("FASTOPT_TEST_STEPS", 20_000 if is_native() else 1_000))
 
 
@@ -50,7 +51,7 @@ def test_many_small_steps_with_loss_and_schedule_need_no_more_memory():
 
 
 @all_classes
-def test_losses_and_steps_in_several_threads_do_not_disturb_each_other(name):
+def test_losses_and_steps_in_several_threads_are_independent(name):
     def train():
         torch.manual_seed(0)
         generator = torch.Generator().manual_seed(1)
@@ -58,7 +59,7 @@ def test_losses_and_steps_in_several_threads_do_not_disturb_each_other(name):
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=generator))
-        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.01, **CLASSES[name])
+        optimizer = getattr(fastopt, name)(model.parameters(), lr=0.01, **WITH_STATES[name])
         x, target = torch.randn(64, 300, generator=generator), torch.randint(100, (64,), generator=generator)
         for _ in range(3):
             optimizer.zero_grad()
@@ -83,7 +84,7 @@ def test_one_optimizer_stepped_by_several_threads_takes_every_step(name):
     """With a gradient that stays, each step of SGD without momentum adds the same; others only count."""
     params = make_params([(20_000,), (7,)], torch.float64)
     start = [p.detach().clone() for p in params]
-    options = {"lr": 0.25} if name == "SGD" else CLASSES[name]
+    options = {"lr": 0.25} if name == "SGD" else WITH_STATES[name]
     optimizer = getattr(fastopt, name)(params, **options)
     set_grads(params, seed=0)
     optimizer.step()
@@ -104,7 +105,7 @@ def test_one_optimizer_stepped_by_several_threads_takes_every_step(name):
 def test_loss_and_steps_work_in_a_fork(name):
     """The child has a copy of a running thread pool, but not its threads; in torch's own operators it would hang."""
     params = make_params([(20_000,), (7,)])
-    optimizer = getattr(fastopt, name)(params, **CLASSES[name])
+    optimizer = getattr(fastopt, name)(params, **WITH_STATES[name])
     logits, target = torch.randn(300, 70), torch.arange(300) % 70
 
     def train(first, last):
@@ -178,32 +179,35 @@ FORKED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @all_classes
 def test_a_child_forked_while_another_thread_steps_can_step(name):
-    """What that thread holds is never released in the child, where the thread does not exist."""
-    command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(CLASSES[name])]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=Path(__file__).parents[1])
+    """A lock that the thread holds is never released in the child, where the thread does not exist."""
+    command = [sys.executable, "-c", textwrap.dedent(FORKED), name, repr(WITH_STATES[name])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, cwd=ROOT)
     assert result.stdout == "hanging: 0\n", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.native
-def test_steps_and_losses_survive_what_other_threads_do():
+def test_steps_and_losses_survive_concurrent_changes():
     """FASTOPT_STRESS_SECONDS=60 for a minute."""
     seconds = os.environ.get("FASTOPT_STRESS_SECONDS", "8")
-    program = Path(__file__).with_name("stress.py")
-    result = subprocess.run([sys.executable, str(program), seconds], capture_output=True, text=True, timeout=600)
+    program = TESTS / "helpers" / "stress.py"
+    command = [sys.executable, str(program), seconds]
+    result = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.skipif(devices.CXX is None, reason="the driver needs g++")
 def test_the_thread_sanitizer_finds_no_race_in_the_kernels(tmp_path):
     """On std::thread: GCC's OpenMP is not instrumented, and each of its barriers would be reported."""
-    root = Path(__file__).parents[1]
-    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{root / 'csrc'}"]
-    sources = [root / "tests" / "thread_driver.cpp", *sorted((root / "csrc" / "cpu").rglob("*.cpp"))]
+    flags = ["-std=c++20", "-O1", "-g1", "-fsanitize=thread", "-DFASTOPT_ONE_LEVEL", f"-I{ROOT / 'csrc'}"]
+    sources = [TESTS / "cpu" / "thread_driver.cpp", *sorted((ROOT / "csrc" / "cpu").rglob("*.cpp"))]
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [devices.CXX, *flags, *map(str, sources), "-o", str(tmp_path / "driver")]
     subprocess.run(command, check=True, env=env)
@@ -241,13 +245,14 @@ CHANGED_TARGETS = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.parametrize(("n_classes", "n_inner"), [(10, 0), (300, 0), (10, 40)])
 def test_targets_that_another_process_changes_are_read_once(n_classes, n_inner):
-    """What was checked must be what is used: between the two, memory that is shared may change."""
+    """The value that is checked must be the one that is used: shared memory may change in between."""
     program = textwrap.dedent(CHANGED_TARGETS)
     command = [sys.executable, "-c", program, str(n_classes), str(n_inner)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert result.stdout == "lives True\n", result.stderr[-2000:]
 
 
@@ -255,8 +260,7 @@ INTERRUPTED = """
     import itertools, os, random, signal, sys, threading, time
     import torch, fastopt
 
-    name, n_tensors = sys.argv[1], int(sys.argv[2])
-    options = {"SGD": dict(momentum=0.9), "RMSprop": dict(centered=True)}.get(name, {})
+    name, n_tensors, options = sys.argv[1], int(sys.argv[2]), eval(sys.argv[3])
 
     def make():
         params = [torch.nn.Parameter(torch.ones(50, 10)) for _ in range(n_tensors)]
@@ -297,7 +301,7 @@ INTERRUPTED = """
 
 
 @all_classes
-def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
+def test_step_keeps_the_handler_of_sigint(name):
     """Others may ask for it, and another thread's step may end first and put back what it found."""
     seen = []
 
@@ -316,7 +320,7 @@ def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
     plain = torch.nn.Parameter(torch.ones(2))
     plain.grad = torch.ones(2)
     for cls, param in ((Watching, plain), (getattr(fastopt, name), Watched(torch.ones(2)))):
-        optimizer = cls([param], **CLASSES[name])
+        optimizer = cls([param], **WITH_STATES[name])
         optimizer.step()
         optimizer.step()
         assert seen
@@ -324,15 +328,16 @@ def test_a_step_leaves_the_handler_of_ctrl_c_alone(name):
         seen.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.native
 @all_classes
-def test_ctrl_c_in_a_step_leaves_every_parameter_at_the_same_step(name):
+def test_sigint_in_a_step_leaves_every_parameter_at_the_same_step(name):
     program = textwrap.dedent(INTERRUPTED)
     result = subprocess.run(
-        [sys.executable, "-c", program, name, "200"],
+        [sys.executable, "-c", program, name, "200", repr(WITH_STATES[name])],
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     assert result.stdout == "whole after 25\n", result.stderr[-2000:]

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastopt
 from common import is_native, kernel_calls
-from optim_helpers import CONFIGURATIONS, assert_same, attempt, seen
+from optim_helpers import assert_same, attempt, seen
+from optimizers import CONFIGURATIONS, OURS, THEIRS
 
 cross_entropy = fastopt.functional.cross_entropy
 configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
@@ -163,7 +164,7 @@ def test_tensors_saved_for_backward_may_be_kept_elsewhere():
 @configurations
 def test_a_step_within_a_transform_raises_what_torch_raises(name, options, transform):
     results = []
-    for module in (fastopt, torch.optim):
+    for module in (OURS, THEIRS):
         param = torch.ones(3, requires_grad=True)
         param.grad = torch.ones(3)
         optimizer = getattr(module, name)([param], **options)
@@ -205,7 +206,7 @@ def test_a_dispatch_mode_sees_the_loss_and_its_gradient():
 
 
 @pytest.mark.parametrize("mode", [Watch, lambda: FlopCounterMode(display=False)])
-def test_a_watched_forward_or_backward_changes_nothing(mode):
+def test_dispatch_mode_around_forward_or_backward_changes_nothing(mode):
     def both(model):
         with mode():
             model(X, T).backward()
@@ -250,7 +251,7 @@ def test_a_dispatch_mode_sees_a_step_and_a_graph_of_it_can_be_made(name, options
 @configurations
 def test_fake_tensor_mode_refuses_real_parameters_as_with_torch(name, options):
     results = []
-    for module in (fastopt, torch.optim):
+    for module in (OURS, THEIRS):
         param = torch.ones(3, requires_grad=True)
         param.grad = torch.ones(3)
         optimizer = getattr(module, name)([param], **options)

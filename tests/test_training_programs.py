@@ -74,6 +74,7 @@ def _replaced(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("_replaced")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
@@ -124,6 +125,7 @@ def trainer_losses(folder, is_compiled):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("_replaced")
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])

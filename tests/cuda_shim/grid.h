@@ -43,7 +43,7 @@ inline constexpr size_t kMaxArgumentBytes = 32764;
 inline constexpr size_t kDefaultSharedBytesLimit = size_t{48} << 10;
 inline constexpr size_t kMaxSharedBytesOptIn = size_t{227} << 10;
 // Static shared memory of a kernel: an upper bound, the same for all of them, for a C++ compiler does not say which
-// variables a kernel uses. So shared memory that is granted here is granted by a device, too. tests/cuda_report.py
+// variables a kernel uses. So shared memory that is granted here is granted by a device, too. tests/cuda/report.py
 // checks the bound for nvcc's kernels; here a block that writes more ends the process, unless with AddressSanitizer.
 inline constexpr size_t kStaticSharedBytes = 512;
 
