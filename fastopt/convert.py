@@ -2,6 +2,8 @@
 
 import torch
 
+from . import optim
+
 _ADAM = ("lr", "betas", "eps", "weight_decay")
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes hides its tensors from FSDP
 # Options that no result depends on: how torch computes, names of parameters, what torch's schedulers keep in groups.
@@ -40,8 +42,8 @@ def convert_state_dict(state_dict, optimizer):
 
     Args:
         state_dict: what the library's ``state_dict()`` returned.
-        optimizer: :class:`fastopt.Adam`, :class:`fastopt.AdamW`, :class:`fastopt.SGD`, :class:`fastopt.RMSprop` or a
-            namesake in ``torch.optim``, made for the same parameters in the same groups; not changed.
+        optimizer: an optimizer of fastopt or a namesake in ``torch.optim``, made for the same parameters in the same
+            groups; not changed.
 
     Returns:
         A state dict for ``optimizer.load_state_dict``.
@@ -85,7 +87,7 @@ def convert_state_dict(state_dict, optimizer):
 
 
 class _Adam:
-    counts = True
+    counts, scalars = True, ()
     bitsandbytes_states = {"state1": "exp_avg", "state2": "exp_avg_sq"}
     optional = ("max_exp_avg_sq",)
 
@@ -136,7 +138,7 @@ class _AdamW(_Adam):
 
 
 class _Sgd:
-    counts = False
+    counts, scalars = False, ()
     bitsandbytes_states = {"state1": "momentum_buffer"}
     optional = ("step",)
 
@@ -162,7 +164,7 @@ class _Sgd:
 
 
 class _RmsProp:
-    counts = True
+    counts, scalars = True, ()
     bitsandbytes_states = {"state1": "square_avg"}
     optional = ()
 
@@ -189,12 +191,39 @@ class _RmsProp:
         return _with_own({**saved, "momentum": 0.0, "centered": False}, own)
 
 
+class _Namesake:
+    """An optimizer whose state only its namesake in torch.optim saves: with the same options and states."""
+
+    bitsandbytes_states, optional = {}, ()
+
+    def __init__(self, operator):
+        keys = dict(zip(operator.state_keys, operator.keeps_scalar, strict=True))
+        self.counts = "step" in keys
+        self.scalars = tuple(key for key, is_scalar in keys.items() if is_scalar and key != "step")
+        self._arrays = tuple(key for key, is_scalar in keys.items() if not is_scalar)
+        self._options = tuple(dict.fromkeys(option.group_key for option in operator.options))
+
+    def states(self, options):
+        return self._arrays
+
+    def from_same_names(self, saved, own):
+        _require(saved, self._options)
+        return _with_own(saved, own)
+
+    from_bitsandbytes = from_same_names
+
+
 def _family(optimizer):
     families = {"AdamW": _AdamW, "Adam": _Adam, "SGD": _Sgd, "RMSprop": _RmsProp}  # an AdamW is an Adam too
     for name, family in families.items():
         if isinstance(optimizer, getattr(torch.optim, name)):
             return family
-    raise TypeError(f"optimizer must be an Adam, AdamW, SGD or RMSprop, got {type(optimizer).__name__}")
+    ours = [getattr(optim, name) for name in optim.__all__]
+    for cls in ours:
+        if isinstance(optimizer, (cls, getattr(torch.optim, cls.__name__, cls))):
+            return _Namesake(cls._operator)
+    names = sorted(cls.__name__ for cls in ours)
+    raise TypeError(f"optimizer must be an {', '.join(names[:-1])} or {names[-1]}, got {type(optimizer).__name__}")
 
 
 def _is_bitsandbytes(groups, states):
@@ -271,10 +300,10 @@ def _checked(index, param, state, needed, family):
     for key, tensor in state.items():
         if isinstance(tensor, torch.Tensor) and not (tensor.is_floating_point() or key == "step"):
             raise ValueError(f"{key} of parameter {index} must be in floating point, got {tensor.dtype}: quantised")
-    unknown = state.keys() - {"step", *needed, *family.bitsandbytes_states.values(), *family.optional}
+    unknown = state.keys() - {"step", *family.scalars, *needed, *family.bitsandbytes_states.values(), *family.optional}
     if unknown:
         raise ValueError(f"states of parameter {index} must be among {_listed(needed)}, got {_listed(unknown)} too")
-    missing = [key for key in needed if not isinstance(state.get(key), torch.Tensor)]
+    missing = [key for key in (*family.scalars, *needed) if not isinstance(state.get(key), torch.Tensor)]
     # SGD makes a buffer with the first gradient.
     if missing and not (family is _Sgd and state.get("momentum_buffer") is None):
         raise ValueError(f"states of parameter {index} must have {_listed(missing)}, got {_listed(state)}")
@@ -283,7 +312,7 @@ def _checked(index, param, state, needed, family):
             raise ValueError(
                 f"{key} of parameter {index} must have its shape {tuple(param.shape)}, got {tuple(state[key].shape)}"
             )
-    kept = ("step",) * family.counts + needed
+    kept = ("step",) * family.counts + family.scalars + needed
     return {key: state[key] for key in kept if state.get(key) is not None}
 
 

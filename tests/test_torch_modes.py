@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastopt
 from common import is_native, kernel_calls
 from optim_helpers import assert_same, attempt, seen
-from optimizers import CONFIGURATIONS, OURS, THEIRS
+from optimizers import IN_TORCH, OURS, THEIRS
 
 cross_entropy = fastopt.functional.cross_entropy
-configurations = pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+configurations = pytest.mark.parametrize(("name", "options"), IN_TORCH, ids=str)
 X = torch.linspace(-2, 2, 60).reshape(6, 10).sin()
 T = torch.tensor([0, 9, 3, -100, 5, 5])
 
@@ -56,7 +56,7 @@ def fresh_compiler():
 # --- Compiled ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), CONFIGURATIONS[1::2], ids=str)  # each takes seconds
+@pytest.mark.parametrize(("name", "options"), IN_TORCH[1::2], ids=str)  # each takes seconds
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_training_step_trains_as_torchs_in_eager(name, options, backend):
     """Of batches whose length changes, for which torch compiles anew, with a length that varies."""
@@ -281,7 +281,7 @@ def test_the_profiler_sees_the_loss_and_its_backward():
 def test_a_default_device_keeps_the_kernels(place):
     """It concerns new tensors only."""
     optimizers = []
-    for name, options in CONFIGURATIONS:
+    for name, options in IN_TORCH:
         param = torch.nn.Parameter(X.clone())
         param.grad = X.clone()
         optimizers.append(getattr(fastopt, name)([param], **options))

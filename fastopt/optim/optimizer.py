@@ -231,7 +231,7 @@ class FusedOptimizer(Optimizer):
 
     def _may_be(self, tensor, grad, options):
         """True if a tensor that does not match its parameter is still an ordinary one for torch's own step."""
-        return False
+        return tensor is grad and grad.is_sparse
 
     def _torch_step(self, closure=None):
         """torch's own step, without the hooks that its class may have been wrapped with."""

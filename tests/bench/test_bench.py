@@ -141,7 +141,8 @@ def test_right_optimizers_pass_the_check(case):
             try:
                 started = ready.start(provider)
             except NotOffered:
-                assert (provider.name, case.optimizer.name) == ("torch fused", "RMSprop")
+                assert provider.package == "torch"
+                assert provider.name == "torch fused" or not hasattr(torch.optim, case.optimizer.name)
                 continue
             assert is_right(ready, started), provider.name
 
@@ -178,7 +179,7 @@ def test_wrong_losses_fail_the_check(change):
 @named(SMALL_STEPS)
 def test_wrong_optimizers_fail_the_check(case):
     def slow_learner(case, params):
-        optimizer = case.optimizer.timed(case.optimizer.torch_class, params)
+        optimizer = case.optimizer.timed(case.optimizer.reference_class, params)
         optimizer.param_groups[0]["lr"] *= 0.999
         return optimizer.step
 
@@ -190,7 +191,8 @@ def test_wrong_optimizers_fail_the_check(case):
 @named([dataclasses.replace(case, dtype=torch.bfloat16) for case in SMALL_STEPS])
 def test_16_bit_steps_pass_the_check_and_one_that_does_nothing_fails(case):
     ready = work.prepare(case, "cpu")
-    for name in ("torch for-loop", "torch foreach", "fastopt"):
+    of_torch = ("torch for-loop", "torch foreach") if case.optimizer.torch_class else ()
+    for name in (*of_torch, "fastopt"):
         provider = next(provider for provider in providers.OPTIMIZERS if provider.name == name)
         assert is_right(ready, ready.start(provider)), name
     assert not is_right(ready, ready.start(Provider("faulty", lambda case, params: lambda: None)))

@@ -33,7 +33,8 @@ def test_every_optimizer_and_loss_of_fastopt_has_rows_in_every_dtype():
     for row in EVERY:
         name = (row.loss if row.kind == "loss" else row.optimizer).name
         dtypes.setdefault(name, set()).add(row.dtype)
-    assert dtypes == dict.fromkeys([*ours, *fastopt.optim.__all__], set(cases.DTYPES))
+    in_torch = [name for name in fastopt.optim.__all__ if hasattr(torch.optim, name)]
+    assert dtypes == dict.fromkeys([*ours, *in_torch], set(cases.DTYPES))
 
 
 def test_row_names_are_unique():

@@ -75,7 +75,7 @@ class Shadow:
         self.optimizer.step()
 
 
-@pytest.mark.parametrize("case", one_of_each_class_is_quick(OPTIM_CASES))
+@pytest.mark.parametrize("case", one_of_each_class_is_quick(case for case in OPTIM_CASES if case.name != "Lion"))
 def test_fifty_steps_of_the_cnn_agree_with_torch(case, batches):
     shadows = [Shadow(case, case.ours), Shadow(case, case.theirs)]
     true_losses, (early_truth, truth) = train(

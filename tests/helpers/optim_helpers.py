@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from optimizers import CONFIGURATIONS, OURS, THEIRS
+from optimizers import IN_TORCH, OURS, THEIRS
 
 
 def outcome(call):
@@ -84,7 +84,7 @@ def with_torchs_class_and_ours(programs):
     """A test that runs each of the programs with torch's class and with fastopt's, and compares what they return."""
 
     @pytest.mark.filterwarnings("ignore")
-    @pytest.mark.parametrize(("name", "options"), CONFIGURATIONS, ids=str)
+    @pytest.mark.parametrize(("name", "options"), IN_TORCH, ids=str)
     @pytest.mark.parametrize("program", programs, ids=lambda program: program.__name__)
     def test(program, name, options):
         expected = program(Maker(getattr(THEIRS, name), options))

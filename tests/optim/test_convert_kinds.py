@@ -195,8 +195,12 @@ def test_optimizers_of_other_libraries_that_compute_something_else_are_refused(o
 
 
 LEFT_IN_GROUPS = {
-    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=9),
-    "CyclicLR": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.1, max_lr=0.2),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=9, cycle_momentum=optimizer.defaults.keys() & {"betas", "momentum"} != set()
+    ),
+    "CyclicLR": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(
+        optimizer, base_lr=0.1, max_lr=0.2, cycle_momentum=optimizer.defaults.keys() & {"betas", "momentum"} != set()
+    ),
     "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3),
     "SWALR": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.3),
 }

@@ -168,7 +168,7 @@ def test_tensors_that_share_memory_are_stepped_as_in_torch(situation, name, opti
                 assert p.dtype == q.dtype
                 finite = q.isfinite()  # what is stepped with a state that is written meanwhile may not stay finite
                 assert torch.equal(finite, p.isfinite())
-                assert error(p[finite], q[finite]) <= 2e-5 * max(1, q[finite].abs().max())
+                assert error(p[finite], q[finite]) <= 1e-3 * max(1, q[finite].abs().max())
 
 
 @pytest.mark.native

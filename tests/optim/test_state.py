@@ -53,7 +53,8 @@ def test_state_dict_moves_to_torch_and_back_midway(case):
             optimizer.load_state_dict(checkpoint)
         take_steps(params, optimizer, 3 * turn, 3 * turn + 3)
         checkpoint = saved(optimizer.state_dict())
-    assert_equal_params(params, truth, 1e-12)
+    # Loading makes NAdam's mu_product, of float32, a float64, as the parameters are.
+    assert_equal_params(params, truth, 1e-10 if case.name == "NAdam" else 1e-12)
 
 
 def through_state_dict(cls, other, params, optimizer, case):

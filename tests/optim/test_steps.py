@@ -11,6 +11,8 @@ import devices
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, error, kernel_calls, reference_of, threads, to_device
 from optim_cases import OPTIM_CASES, make_params, set_grads
+from optim_helpers import assert_same
+from optimizers import BY_NAME
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 
@@ -236,7 +238,8 @@ def test_small_eps_or_lr_gives_no_more_nan_and_zeros_than_in_torch(case, eps):
             results.append(param.item())
         ours, theirs, truth = results
         if theirs == theirs:
-            assert abs(ours - truth) <= abs(theirs - truth) + 1e-5 * abs(truth) + 1e-44, (lr, grad, results)
+            rounding = max(1e-5, 1.5e-45 / eps if eps >= 1e-45 else 0)  # an eps inside a root may be subnormal
+            assert abs(ours - truth) <= abs(theirs - truth) + rounding * abs(truth) + 1e-44, (lr, grad, results)
 
 
 @pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
@@ -282,10 +285,10 @@ def test_tensor_learning_rates_and_schedules_are_read_each_step(case):
 def test_class_signature_and_repr_are_torchs(case):
     params = make_params([(3,)])
     ours, theirs = case.ours(params, **case.options), case.theirs(params, **case.options)
-    assert isinstance(ours, case.theirs)
+    assert isinstance(ours, case.theirs) == BY_NAME[case.name].is_in_torch
     assert inspect.signature(case.ours) == inspect.signature(case.theirs)
     assert repr(ours) == repr(theirs)
     assert ours.defaults == theirs.defaults
     copied = copy.deepcopy(ours)
     assert type(copied) is case.ours
-    assert copied.state_dict() == ours.state_dict()
+    assert_same(copied.state_dict(), ours.state_dict())

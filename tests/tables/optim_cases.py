@@ -68,6 +68,7 @@ OPTIM_CASES = [
 
 def one_of_each_class_is_quick(cases):
     """Parameters of a test that takes seconds a case: all but the first case of each class are slow."""
+    cases = list(cases)
     first = {case.name: case for case in reversed(cases)}
     return [pytest.param(c, id=str(c), marks=[] if first[c.name] is c else pytest.mark.slow) for c in cases]
 

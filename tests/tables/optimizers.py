@@ -24,6 +24,7 @@ class Optimizer:
     is_allowed: Callable = lambda options: True  # of drawn options
     has_divisions: bool = True  # rules without are compiled for narrow vectors too
     takes_sparse: bool = False  # sparse gradients
+    has_states_at_once: bool = False  # the constructor makes them
     reference: type | None = None  # in torch.optim's place
 
     @property
@@ -91,5 +92,8 @@ THEIRS = SimpleNamespace(**{row.name: row.theirs for row in OPTIMIZERS})
 
 # Name and options of each class, for generic tests.
 CONFIGURATIONS = [(row.name, options) for row in OPTIMIZERS for options in row.typical]
+# For error messages and modes, which are torch's; and for long runs: Lion steps by a sign, which rounding decides where
+# an average nearly cancels.
+IN_TORCH = [(name, options) for name, options in CONFIGURATIONS if BY_NAME[name].is_in_torch]
 # Options of each class beside the learning rate that make its states.
 WITH_STATES = {row.name: {k: v for k, v in row.typical[-1].items() if k != "lr"} for row in OPTIMIZERS}

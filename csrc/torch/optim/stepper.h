@@ -111,17 +111,17 @@ class Stepper {
       // Options first, for they may run Python code; then tensors, while no other thread can change them.
       if (const char* fault = groups_.read(optimizer_.groups())) return refuse(fault);
       if (!gather(optimizer_.state())) return false;
+      if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
+      if (batch_.has_overlap()) return refuse("tensors share memory");
+      if (groups_.have_scalars() && !groups_.is_capturable() && batch_.is_capturing()) {
+        return refuse("a CUDA graph is captured, and capturable is not set");
+      }
       is_skipped_ = must_know_ && optimizer_.found_inf() && optimizer_.found_inf()->item().toDouble() > 0;
-      if (is_skipped_ || !new_states_.lack_dicts()) break;
-      if (unsupported_.is_search() || !new_states_.add_dicts(optimizer_.state()))
+      if (is_skipped_ || !new_states_.lack_dicts()) return true;
+      if (unsupported_.is_search() || !new_states_.add_dicts(optimizer_.state())) {
         return refuse("a parameter has no state");
+      }
     }
-    if (is_scaled_ && batch_.has(Backend::kCpu)) return refuse("a GradScaler's numbers are for tensors on the CPU");
-    if (batch_.has_overlap()) return refuse("tensors share memory");
-    if (groups_.have_scalars() && !groups_.is_capturable() && batch_.is_capturing()) {
-      return refuse("a CUDA graph is captured, and capturable is not set");
-    }
-    return true;
   }
 
   bool run() {
@@ -171,7 +171,7 @@ class Stepper {
     }
     Entry entry{group_index};
     if (found.lacks_some) {
-      if (group.n_scalars > 0 && !are_new_states_ordinary()) return refuse("state is not there yet");
+      if (!group.has_first_step_flag && !are_new_states_ordinary()) return refuse("state is not there yet");
       entry.input.is_first = group.has_first_step_flag;
       // A first step that is skipped makes no momentum buffer: whether this one is cannot be left to the kernel.
       must_know_ |= entry.input.is_first && is_scaled_;
@@ -192,8 +192,7 @@ class Stepper {
       return refuse(batch_.why_not());
     }
     entries_.push_back(entry);
-    return new_states_.lack_dicts() || give_rule(batch_.size() - 1) ||
-           refuse("a hyper-parameter is beyond the range of float32");
+    return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
   }
 
   // Reads the scalars of a parameter's state, or leaves them to the kernel if they are on its device. Returns why they
