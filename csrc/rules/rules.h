@@ -6,13 +6,14 @@
 #include <tuple>
 #include <utility>  // integer_sequence
 
+#include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
 namespace fastopt {
 
-using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer>;
+using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer>;
 
 constexpr int kMaxVariants = 4;  // of an optimizer
 constexpr int kRuleIds = std::tuple_size_v<Optimizers> * kMaxVariants;

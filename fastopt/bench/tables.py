@@ -65,6 +65,7 @@ OPTIMIZERS = (
     Optimizer("Adam", dict(amsgrad=True)),
     Optimizer("AdamW", label="AdamW", timed_options=dict(weight_decay=0.01)),  # torch's default, not all libraries'
     Optimizer("AdamW", dict(amsgrad=True, maximize=True)),
+    Optimizer("Adagrad", label="Adagrad", demo_lr=0.01),
 )
 
 

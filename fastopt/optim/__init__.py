@@ -2,12 +2,13 @@
 
 import torch
 
+from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .functional import register
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]
 
 register([(globals()[name], getattr(torch.optim, name)) for name in __all__ if hasattr(torch.optim, name)])

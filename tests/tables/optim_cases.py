@@ -63,6 +63,9 @@ OPTIM_CASES = [
     _case("Adam", "maximize", lr=1e-5, weight_decay=0.01, maximize=True),
     _case("AdamW", "defaults: decoupled decay"),
     _case("AdamW", "AMSGrad, maximize", lr=1e-5, weight_decay=0.1, amsgrad=True, maximize=True),
+    _case("Adagrad", "defaults"),
+    _case("Adagrad", "lr decays, the sum begins above 0", lr=0.05, lr_decay=0.1, initial_accumulator_value=0.1),
+    _case("Adagrad", "decay, large eps, maximize", lr=1e-4, weight_decay=0.01, eps=1e-3, maximize=True),
 ]
 
 

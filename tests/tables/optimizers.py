@@ -84,6 +84,15 @@ OPTIMIZERS = [
         rules=("Adam<{}, false>", "Adam<{}, true>"),
     ),
     Optimizer("AdamW", "adam_", typical=(dict(lr=0.01),), drawn=_ADAM),
+    Optimizer(
+        "Adagrad",
+        "adagrad_",
+        typical=(dict(lr=0.05), dict(lr=0.05, lr_decay=0.1, initial_accumulator_value=0.1)),
+        drawn={"lr_decay": (0.0, 0.1), "initial_accumulator_value": (0.0, 0.5), "eps": (1e-10, 1e-3)},
+        rules=("Adagrad<{}>",),
+        takes_sparse=True,
+        has_states_at_once=True,
+    ),
 ]
 BY_NAME = {row.name: row for row in OPTIMIZERS}
 NAMES = list(BY_NAME)
