@@ -6,6 +6,7 @@
 #include <tuple>
 #include <utility>  // integer_sequence
 
+#include "rules/adadelta.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
 #include "rules/rmsprop.h"
@@ -13,7 +14,7 @@
 
 namespace fastopt {
 
-using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer>;
+using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer, AdadeltaOptimizer>;
 
 constexpr int kMaxVariants = 4;  // of an optimizer
 constexpr int kRuleIds = std::tuple_size_v<Optimizers> * kMaxVariants;

@@ -66,6 +66,7 @@ OPTIMIZERS = (
     Optimizer("AdamW", label="AdamW", timed_options=dict(weight_decay=0.01)),  # torch's default, not all libraries'
     Optimizer("AdamW", dict(amsgrad=True, maximize=True)),
     Optimizer("Adagrad", label="Adagrad", demo_lr=0.01),
+    Optimizer("Adadelta", label="Adadelta", demo_lr=1.0, timed_options=dict(lr=1.0)),
 )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
@@ -9,6 +10,6 @@ from .functional import register
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "RMSprop"]
 
 register([(globals()[name], getattr(torch.optim, name)) for name in __all__ if hasattr(torch.optim, name)])

@@ -66,6 +66,9 @@ OPTIM_CASES = [
     _case("Adagrad", "defaults"),
     _case("Adagrad", "lr decays, the sum begins above 0", lr=0.05, lr_decay=0.1, initial_accumulator_value=0.1),
     _case("Adagrad", "decay, large eps, maximize", lr=1e-4, weight_decay=0.01, eps=1e-3, maximize=True),
+    _case("Adadelta", "defaults"),
+    _case("Adadelta", "short memory, large eps, decay", lr=0.5, rho=0.5, eps=1e-3, weight_decay=0.01),
+    _case("Adadelta", "maximize", lr=0.1, weight_decay=0.01, maximize=True),
 ]
 
 

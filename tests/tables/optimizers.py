@@ -93,6 +93,13 @@ OPTIMIZERS = [
         takes_sparse=True,
         has_states_at_once=True,
     ),
+    Optimizer(
+        "Adadelta",
+        "adadelta_",
+        typical=(dict(lr=0.5), dict(lr=0.5, rho=0.5, weight_decay=0.1)),
+        drawn={"rho": (0.5, 0.9, 0.99), "eps": (1e-6, 1e-3)},
+        rules=("Adadelta<{}>",),
+    ),
 ]
 BY_NAME = {row.name: row for row in OPTIMIZERS}
 NAMES = list(BY_NAME)
