@@ -69,6 +69,17 @@ OPTIM_CASES = [
     _case("Adadelta", "defaults"),
     _case("Adadelta", "short memory, large eps, decay", lr=0.5, rho=0.5, eps=1e-3, weight_decay=0.01),
     _case("Adadelta", "maximize", lr=0.1, weight_decay=0.01, maximize=True),
+    _case("NAdam", "defaults"),
+    _case("NAdam", "L2 decay enters the moments, mu grows fast", lr=1e-3, weight_decay=0.01, momentum_decay=0.1),
+    _case(
+        "NAdam",
+        "decoupled decay, small beta1",
+        lr=1e-3,
+        betas=(0.5, 0.9),
+        weight_decay=0.01,
+        decoupled_weight_decay=True,
+    ),
+    _case("NAdam", "maximize", lr=1e-5, weight_decay=0.01, maximize=True),
 ]
 
 

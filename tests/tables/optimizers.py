@@ -100,6 +100,13 @@ OPTIMIZERS = [
         drawn={"rho": (0.5, 0.9, 0.99), "eps": (1e-6, 1e-3)},
         rules=("Adadelta<{}>",),
     ),
+    Optimizer(
+        "NAdam",
+        "nadam_",
+        typical=(dict(lr=0.01), dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
+        drawn={"betas": _ADAM["betas"], "eps": (1e-3,), "momentum_decay": (0.0, 0.004, 0.1)},
+        rules=("NAdam<{}>",),
+    ),
 ]
 BY_NAME = {row.name: row for row in OPTIMIZERS}
 NAMES = list(BY_NAME)
