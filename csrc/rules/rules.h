@@ -9,14 +9,15 @@
 #include "rules/adadelta.h"
 #include "rules/adagrad.h"
 #include "rules/adam.h"
+#include "rules/lion.h"
 #include "rules/nadam.h"
 #include "rules/rmsprop.h"
 #include "rules/sgd.h"
 
 namespace fastopt {
 
-using Optimizers =
-    std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer, AdadeltaOptimizer, NAdamOptimizer>;
+using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer, AdadeltaOptimizer,
+                              NAdamOptimizer, LionOptimizer>;
 
 constexpr int kMaxVariants = 4;  // of an optimizer
 constexpr int kRuleIds = std::tuple_size_v<Optimizers> * kMaxVariants;

@@ -68,6 +68,7 @@ OPTIMIZERS = (
     Optimizer("Adagrad", label="Adagrad", demo_lr=0.01),
     Optimizer("Adadelta", label="Adadelta", demo_lr=1.0, timed_options=dict(lr=1.0)),
     Optimizer("NAdam", label="NAdam", demo_lr=1e-3),
+    Optimizer("Lion", label="Lion"),
 )
 
 

@@ -7,10 +7,11 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .functional import register
+from .lion import Lion
 from .nadam import NAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RMSprop"]
+__all__ = ["SGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop"]
 
 register([(globals()[name], getattr(torch.optim, name)) for name in __all__ if hasattr(torch.optim, name)])

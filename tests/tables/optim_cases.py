@@ -80,6 +80,9 @@ OPTIM_CASES = [
         decoupled_weight_decay=True,
     ),
     _case("NAdam", "maximize", lr=1e-5, weight_decay=0.01, maximize=True),
+    _case("Lion", "defaults"),
+    _case("Lion", "decay, other betas", lr=1e-3, betas=(0.5, 0.9), weight_decay=0.1),
+    _case("Lion", "maximize", lr=1e-4, weight_decay=0.01, maximize=True),
 ]
 
 

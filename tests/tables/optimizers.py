@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 import fastopt
+import plain_lion
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,15 @@ OPTIMIZERS = [
         typical=(dict(lr=0.01), dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)),
         drawn={"betas": _ADAM["betas"], "eps": (1e-3,), "momentum_decay": (0.0, 0.004, 0.1)},
         rules=("NAdam<{}>",),
+    ),
+    Optimizer(
+        "Lion",
+        "lion_",
+        typical=(dict(lr=1e-3), dict(lr=1e-3, weight_decay=0.1)),
+        drawn={"betas": ((0.9, 0.99), (0.5, 0.5), (0.0, 0.9))},
+        rules=("Lion<{}>",),
+        has_divisions=False,
+        reference=plain_lion.Lion,
     ),
 ]
 BY_NAME = {row.name: row for row in OPTIMIZERS}
