@@ -1,6 +1,7 @@
-"""README.md and docs/: links resolve, what the code has is documented, and short programs run."""
+"""README.md, CONTRIBUTING.md and docs/: links and paths resolve, what the code has is documented, programs run."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import fastopt
 from fastopt import _ops
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"(?:csrc|fastopt|benchmarks|tests|docs|_backend|\.ci)/[\w./]*|[\w/]*test_\w+\.py")
 VARIABLE = re.compile(r"FASTOPT_[A-Z_]*[A-Z]")
 MAX_README_WORDS = 700
 
@@ -45,6 +47,25 @@ def words_in_backticks(page):
     return set(re.findall(r"`([^`\n]+)`", without_code(text_of(page))))
 
 
+def expanded(name):
+    """Names that a name with braces stands for, as in a shell."""
+    parts = [part.split(",") for part in re.split(r"[{}]", name)]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def tree():
+    """Paths of the tree in CONTRIBUTING.md: two spaces for each folder above, names, at least two spaces, a text."""
+    (lines,) = (code.splitlines() for info, code in FENCE.findall(text_of(ROOT / "CONTRIBUTING.md")) if info == "tree")
+    folders = []
+    for line in lines:
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = re.split("  +", line.strip())[0]
+        for name in names.split(", "):
+            for path in expanded(name):
+                yield "".join([*folders[:depth], path])
+        folders[depth:] = [name]
+
+
 def variables_in(file):
     """Names of environment variables among a program's strings."""
     strings = (node.value for node in ast.walk(ast.parse(text_of(file))) if isinstance(node, ast.Constant))
@@ -67,7 +88,30 @@ def test_links_to_files_and_headings_resolve(page):
 
 def test_every_page_is_reached_from_the_readme():
     linked = {link.partition("#")[0] for link in LINK.findall(text_of(ROOT / "README.md"))}
-    assert {f"docs/{page.name}" for page in PAGES[1:]} <= linked
+    assert {page.relative_to(ROOT).as_posix() for page in PAGES[1:]} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_in_backticks_exist(page):
+    paths = set(filter(FILE.fullmatch, words_in_backticks(page)))
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_the_tree_has_what_there_is():
+    paths = list(tree())
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert len(paths) == len(set(paths))
+
+
+def test_the_tree_has_every_file_but_those_of_tests():
+    named = {path for path in tree() if not path.endswith("/")}
+    suffixes = {"csrc": "*.*", "fastopt": "*.py", "benchmarks": "*.*"}
+    files = {path for folder, pattern in suffixes.items() for path in (ROOT / folder).rglob(pattern)}
+    files |= {ROOT / "setup.py", *(ROOT / "_backend").glob("*.py")}
+    names = {path.relative_to(ROOT).as_posix() for path in files if path.is_file() and path.suffix != ".pyc"}
+    assert sorted(name for name in names - named if not name.startswith("benchmarks/results/")) == []
+    folders = {f"tests/{path.name}/" for path in (ROOT / "tests").iterdir() if any(path.glob("*.*"))}
+    assert folders <= set(tree())
 
 
 def test_the_readme_is_short():
