@@ -6,6 +6,7 @@ Importing compiles nothing and prints nothing; the first use of a kernel finds o
 from . import _ops, optim
 from . import nn as nn
 from ._build.native import build, empty_cache, info
+from ._calls import count_calls
 from .convert import convert_state_dict
 from .nn import CrossEntropyLoss, functional
 from .optim import *  # noqa: F403
@@ -16,6 +17,7 @@ __all__ = [
     "CrossEntropyLoss",
     "build",
     "convert_state_dict",
+    "count_calls",
     "empty_cache",
     "functional",
     "info",

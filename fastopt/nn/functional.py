@@ -15,7 +15,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from .. import reference
+from .. import _calls, reference
 from .._build import native
 from . import dtensors, vocab_parallel
 
@@ -119,7 +119,7 @@ def _cross_entropy(
     arguments = (input, target, weight, _reduction.get_enum(reduction), ignore_index, label_smoothing)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         # Saved programs must load without fastopt, and other formats support torch's operators only.
-        return reference.torch_cross_entropy(*arguments)
+        return _torch_cross_entropy(arguments)
     if torch.compiler.is_compiling():
         # Programs compiled with and without kernels must differ, or torch's caches would confuse them.
         if not _has_kernels(input.device.type):
@@ -130,14 +130,22 @@ def _cross_entropy(
         if library is None:
             if inplace_backward:
                 _check_may_overwrite(input)
-            return reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+            loss = reference.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+            _calls.note("cross_entropy", "reference")
+            return loss
         loss = library.cross_entropy(*arguments, inplace_backward)
         if loss is NotImplemented and (numbers := _plain_numbers(ignore_index, label_smoothing)):
             loss = library.cross_entropy(*arguments[:4], *numbers, inplace_backward)
         if loss is not NotImplemented:
             return loss
     loss = dtensors.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
-    return reference.torch_cross_entropy(*arguments) if loss is None else loss
+    return _torch_cross_entropy(arguments) if loss is None else loss
+
+
+def _torch_cross_entropy(arguments):
+    loss = reference.torch_cross_entropy(*arguments)
+    _calls.note("cross_entropy", "torch")
+    return loss
 
 
 def _has_kernels(device_type: str) -> bool:
@@ -170,7 +178,10 @@ def _overridden(
     keywords = {"weight": weight, **dict(zip(names, options, strict=True))}
     if inplace_backward:
         keywords["inplace_backward"] = True
-    return handle_torch_function(function, (input, target, weight), input, target, **keywords)
+    loss = handle_torch_function(function, (input, target, weight), input, target, **keywords)
+    if function is not cross_entropy:  # which counts its own calls
+        _calls.note("cross_entropy", "torch")
+    return loss
 
 
 @torch.jit.unused

@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import _reduction
 
+from .. import _calls
 from .._build import native
 
 
@@ -175,6 +176,7 @@ def _totals(input, is_kept, weight, is_smoothed, dtype):
         totals = library.cross_entropy_shard_totals(input, is_kept.view(-1), weight, is_smoothed)
         if totals is not None:
             return totals.view(-1, *is_kept.shape)
+    _calls.note("cross_entropy", "reference")
     dim = class_dim(input)
     lowest = torch.finfo(dtype).min  # not -inf: -inf - -inf is not a number
     if not input.shape[dim]:

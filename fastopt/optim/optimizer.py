@@ -10,6 +10,7 @@ import torch
 from torch.compiler import is_compiling
 from torch.optim.optimizer import Optimizer
 
+from .. import _calls
 from .._build import native
 from .._ops import KERNEL_DTYPES
 from .atomic import dense_tensors, lock_of, restoring_state, restoring_values
@@ -154,6 +155,7 @@ class FusedOptimizer(Optimizer):
         else:
             for group, tensors in zip(options, lists, strict=True):
                 self._reference_step(group, *tensors)
+            _calls.note("step", "reference")
 
     def _devices(self):
         """Types of the devices that hold what is to be updated; None if only torch's own step takes it."""
@@ -235,7 +237,9 @@ class FusedOptimizer(Optimizer):
 
     def _torch_step(self, closure=None):
         """torch's own step, without the hooks that its class may have been wrapped with."""
-        return self._torch_step_function(closure)
+        loss = self._torch_step_function(closure)
+        _calls.note("step", "torch")
+        return loss
 
     def _init_lists(self, group):
         """A group's tensors in the order of the operator's lists; makes missing state as torch does."""

@@ -1,0 +1,130 @@
+"""Counts which path the calls of fastopt took: kernels, reference or torch's own."""
+
+import contextlib
+import os
+import threading
+
+from torch.compiler import is_compiling
+
+from ._build import native
+
+_KERNELS = {"step": "update", "cross_entropy": "cross_entropy"}  # names among the extension's counts
+_lock = threading.Lock()
+_counts = {(call, path): 0 for call in _KERNELS for path in ("reference", "torch")}  # since the process began
+
+
+def note(call, path):
+    """Count a call that no kernel takes; nothing while a program is traced."""
+    if not is_compiling():
+        _add(call, path, 1)
+
+
+@contextlib.contextmanager
+def count_calls():
+    """Count how often each path runs in a block, in all threads of this process.
+
+        with fastopt.count_calls() as calls:
+            loss = criterion(model(input), target)
+            loss.backward()
+            optimizer.step()
+        assert calls["step"] == {"kernel": 1, "reference": 0, "torch": 0}
+
+    A step is one call of an optimizer's ``step``, also where no parameter has a gradient. A step that is divided,
+    because no kernel takes some of its parameters, counts once for each part. A kernel of cross-entropy counts each
+    time it runs: again in the backward, where that computes the gradient, and twice a training step with
+    ``process_group``. Calls that raise do not count; those of ``torch.ops.fastopt`` count where they reach a kernel.
+    Of compiled programs, losses count where they reach a kernel, and steps as torch's, unless ``differentiable``. The
+    last path of an optimizer that torch lacks, such as ``Lion``, counts as "torch".
+
+    Entering the block loads the library, or compiles it, as the first use of a kernel does. Counting slows no call
+    outside the block.
+
+    Returns:
+        A context manager that gives a dict. After the block, its "step" and "cross_entropy" are dicts of numbers:
+        "kernel", "reference" (plain torch of fastopt) and "torch" (torch's own implementation).
+
+    Raises:
+        RuntimeError: ``FASTOPT_BACKEND=native``, and there is no library to be had.
+    """
+    library = native.module()
+    calls = {}
+    with _losses_of_torch.counted(library) if library is not None else contextlib.nullcontext():
+        before = _numbers(library)
+        try:
+            yield calls
+        finally:
+            for (call, path), number in _numbers(library).items():
+                calls.setdefault(call, {})[path] = number - before[call, path]
+
+
+def _add(call, path, number):
+    with _lock:
+        _counts[call, path] += number
+
+
+def _numbers(library):
+    """All counts since the process began, by call and path."""
+    of_kernels = library.kernel_calls() if library is not None else {}
+    kernels = {(call, "kernel"): of_kernels.get(name, 0) for call, name in _KERNELS.items()}
+    with _lock:
+        return {**kernels, **_counts}
+
+
+class _LossesOfTorch:
+    """Counts the calls of the extension's cross_entropy that reach no kernel: the extension hands them to torch.
+
+    While they are counted, a function of Python stands in the place of the extension's. Calls that overlap in time are
+    counted together, when all of them have ended.
+    """
+
+    def __init__(self):
+        self.n_blocks = 0
+        self.n_running = self.n_losses = self.n_kernels_before = 0  # of calls that overlap
+
+    @contextlib.contextmanager
+    def counted(self, library):
+        with _lock:
+            self.n_blocks += 1
+            if self.n_blocks == 1:
+                self.library, self.function = library, library.cross_entropy
+                library.cross_entropy = self._cross_entropy
+        try:
+            yield
+        finally:
+            with _lock:
+                self.n_blocks -= 1
+                if self.n_blocks == 0:
+                    library.cross_entropy = self.function
+
+    def _cross_entropy(self, *arguments):
+        with _lock:
+            if self.n_running == 0:
+                self.n_losses, self.n_kernels_before = 0, self._n_kernels()
+            self.n_running += 1
+        loss = NotImplemented
+        try:
+            loss = self.function(*arguments)
+        finally:
+            with _lock:
+                self.n_running -= 1
+                self.n_losses += loss is not NotImplemented
+                if self.n_running == 0:
+                    n_kernels = self._n_kernels() - self.n_kernels_before
+                    _counts["cross_entropy", "torch"] += max(0, self.n_losses - n_kernels)
+        return loss
+
+    def _n_kernels(self):
+        return self.library.kernel_calls()["cross_entropy"]
+
+
+_losses_of_torch = _LossesOfTorch()
+
+
+def _after_fork_in_child():
+    """A thread of the parent may hold the lock, and would never free the child's copy."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_after_fork_in_child)
