@@ -13,7 +13,7 @@ from torch._C import parse_schema
 
 from .. import _ops
 
-_SCALAR_KEYS = {"step", "mu_product"}  # of one number; under the others are tensors like the parameter
+SCALAR_KEYS = {"step", "mu_product"}  # of one number; under the others are tensors like the parameter
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class OptimizerOperator:
         self.n_lists = sum(not argument.kwarg_only for argument in arguments)
         lists = [argument.name for argument in arguments[2 : self.n_lists]]
         self.state_keys = tuple(name.removesuffix("s").removeprefix("state_") for name in lists)
-        self.keeps_scalar = tuple(key in _SCALAR_KEYS for key in self.state_keys)
+        self.keeps_scalar = tuple(key in SCALAR_KEYS for key in self.state_keys)
         self.defaults = {a.name: a.default_value for a in arguments if a.kwarg_only}
         self.options = tuple(_option(a) for a in arguments if a.kwarg_only and a.name != "is_first_step")
         _ops.OPERATORS.append(_ops.Operator(schema, self._checked_reference, lambda *args, **kwargs: None))

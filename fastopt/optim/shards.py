@@ -9,6 +9,8 @@ from collections import defaultdict
 
 import torch
 
+from .operator import SCALAR_KEYS
+
 
 def shards_of(optimizer):
     """The optimizer's :class:`Shards`, or None if no parameter is a DTensor or if its states are placed otherwise."""
@@ -100,7 +102,7 @@ class Shards:
         return local.wait() if hasattr(local, "wait") else local  # a collective may be under way
 
     def _distributed(self, name, value, param):
-        if not self._is_ours(param) or name == "step" or not isinstance(value, torch.Tensor):
+        if not self._is_ours(param) or name in SCALAR_KEYS or not isinstance(value, torch.Tensor):
             return value
         return self.dtensor.from_local(
             value, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()

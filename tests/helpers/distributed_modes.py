@@ -180,8 +180,9 @@ def check_mode(mode, name, dtype, _folder):
         result["torch"] = largest_difference(parameters(torch_model), truth)
     for param, state in getattr(optimizer, "optim", optimizer).state.items():
         for key, value in state.items():
-            assert isinstance(value, DTensor) == (isinstance(param, DTensor) and key != "step"), key
-            assert key == "step" or not isinstance(param, DTensor) or value.placements == param.placements, key
+            is_scalar = key in ("step", "mu_product")
+            assert isinstance(value, DTensor) == (isinstance(param, DTensor) and not is_scalar), key
+            assert is_scalar or not isinstance(param, DTensor) or value.placements == param.placements, key
     return result
 
 
