@@ -79,7 +79,7 @@ def test_two_threads_gather_what_one_gathers(case, dtype):
     alone, together, n_threaded = results(lambda: stepped(case.ours, case.options, dtype=dtype))
     assert together == alone
     # The first step makes the states, and the one after it is for one thread, too.
-    makes_states = not BY_NAME[case.name].has_states_at_once and (case.name != "SGD" or case.options.get("momentum"))
+    makes_states = not case.row.has_states_at_once and (case.row.operator != "sgd_" or case.options.get("momentum"))
     assert n_threaded == (3 if makes_states else 4)
 
 

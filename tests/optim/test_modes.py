@@ -127,7 +127,7 @@ def test_schedules_run_as_with_torch_and_without_warning(case):
 @pytest.mark.parametrize("fused", [None, True])
 @all_cases
 def test_scaler_skips_overflowing_steps_without_making_states(case, fused, overflow_at):
-    if fused and not case.has("fused"):
+    if fused and not case.row.has("fused"):
         pytest.skip("torch has no such argument")
     options = {**case.options, "fused": True} if fused else case.options
     results = []

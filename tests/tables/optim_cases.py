@@ -16,20 +16,16 @@ class OptimCase:
     why: str
 
     @property
+    def row(self):
+        return BY_NAME[self.name]
+
+    @property
     def ours(self):
-        return BY_NAME[self.name].ours
+        return self.row.ours
 
     @property
     def theirs(self):
-        return BY_NAME[self.name].theirs
-
-    def has(self, option):
-        return BY_NAME[self.name].has(option)
-
-    @property
-    def has_step(self):
-        """True if its states have a count of steps."""
-        return "step" in BY_NAME[self.name].states(self.options)
+        return self.row.theirs
 
     def __str__(self):
         return "-".join([self.name.lower(), *(f"{key}={value}" for key, value in self.options.items())])
