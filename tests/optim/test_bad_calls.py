@@ -99,6 +99,8 @@ def test_step_with_odd_input_ends_as_in_torch_or_changes_nothing(row):
 def test_odd_tensor_with_fused_ends_as_in_torch_without_fused(row):
     """torch's fused kernels check neither shapes nor layouts; ours do, also where torch's implementation runs."""
     for name, n_steps in itertools.product([row.name for row in OPTIMIZERS if row.has("fused")], (0, 2)):
+        if (name, row) == ("Adagrad", "gradient sparse"):
+            continue  # torch's fused Adagrad refuses it, as test_torch_database.py compares
         ours = outcome(getattr(OURS, name), name, n_steps, TENSORS[row], take_step, fused=True)
         assert_as_in_torch(name, ours, outcome(getattr(THEIRS, name), name, n_steps, TENSORS[row], take_step))
 
