@@ -207,6 +207,7 @@ def test_a_compiled_loss_is_one_graph_and_counts_where_it_reaches_a_kernel():
 
 
 def test_a_compiled_step_counts_as_torchs():
+    torch._dynamo.reset()  # after many programs Dynamo compiles no more of a function
     step = torch.compile(make_optimizer("Adam").step, backend="aot_eager")
     with fastopt.count_calls() as calls:
         step()
