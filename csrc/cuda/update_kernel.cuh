@@ -263,8 +263,9 @@ int launch_rule(const Update& update, cudaStream_t stream) {
 // For parameters and gradients of type P and states of type S; each combination is compiled in a file of its own.
 template <class P, class S>
 int launch_update(const Update& update, cudaStream_t stream) {
+  // With a capture, so that nvcc declares no conversion to a function pointer, of which it warns.
   static const auto table = table_of_rules<compute_t<P>>(
-      []<class Rule>() -> int (*)(const Update&, cudaStream_t) { return launch_rule<Rule, P, S>; });
+      [&]<class Rule>() -> int (*)(const Update&, cudaStream_t) { return launch_rule<Rule, P, S>; });
   const auto launch = update.rule >= 0 && update.rule < kRuleIds ? table[update.rule] : nullptr;
   return launch ? launch(update, stream) : cudaErrorInvalidValue;
 }
