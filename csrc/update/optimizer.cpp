@@ -161,12 +161,6 @@ bool Optimizer::is_in_domain(const OptionValues& options) const {
   return true;
 }
 
-int Optimizer::n_states(const OptionValues& options) const {
-  int n = 0;
-  for (size_t s = 0; s < states.size(); ++s) n += uses_state(options, static_cast<int>(s));
-  return n;
-}
-
 const std::vector<Optimizer>& all_optimizers() {
   static const auto* optimizers = []<int... kOptimizers>(std::integer_sequence<int, kOptimizers...>) {
     return new std::vector<Optimizer>{Entry<kOptimizers>::describe()...};

@@ -51,7 +51,6 @@ struct Optimizer {
     return reinterpret_cast<bool*>(options.bytes + numbers.size() * sizeof(double))[i];
   }
   bool is_in_domain(const OptionValues& options) const;
-  int n_states(const OptionValues& options) const;  // that the options use
 };
 
 const std::vector<Optimizer>& all_optimizers();

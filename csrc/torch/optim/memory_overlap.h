@@ -68,9 +68,6 @@ class MemoryOverlap {
     next_ = written_.data();
     reads_.clear();
   }
-  void add_written(const Memory& memory, c10::TensorImpl* tensor) {
-    note_changes(written_room(1)->replace(memory, tensor));
-  }
   void add_read(const Memory& memory, c10::TensorImpl* tensor) {
     reads_.push_back({memory, tensor, tensor->unsafe_storage()});
   }
