@@ -168,7 +168,9 @@ def test_tensors_that_share_memory_are_stepped_as_in_torch(situation, name, opti
                 assert p.dtype == q.dtype
                 finite = q.isfinite()  # what is stepped with a state that is written meanwhile may not stay finite
                 assert torch.equal(finite, p.isfinite())
-                assert error(p[finite], q[finite]) <= 1e-3 * max(1, q[finite].abs().max())
+                # NAdam adds its two terms before it divides: here numbers near the largest float32 magnify that.
+                tolerance = 1e-3 if name == "NAdam" else 2e-5
+                assert error(p[finite], q[finite]) <= tolerance * max(1, q[finite].abs().max())
 
 
 @pytest.mark.native

@@ -153,7 +153,10 @@ def test_found_inf_summed_over_devices_skips_the_step():
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(2.0)
     optimizer.step()
     assert torch.equal(param, torch.ones(4))
-    assert all(state["step"] == 0 for state in optimizer.state.values() if state)
+    if devices.is_gpu():  # the kernel skips the step, and torch makes the states before it
+        assert optimizer.state[param]["step"] == 0
+    else:
+        assert not optimizer.state
 
 
 @all_classes

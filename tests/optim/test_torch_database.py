@@ -126,7 +126,7 @@ def test_a_tensor_learning_rate_is_a_number(info, options):
         else:
             params, _ = trained(ours(info), {**options, "lr": 1e-3}, torch.float64)
             for p, q in zip(params, found[0], strict=True):
-                assert error(p, q) <= 2e-15
+                assert error(p, q) <= (2e-15 if info.optim_cls is torch.optim.NAdam else 1e-15)  # its two terms
 
 
 @all_infos
