@@ -16,7 +16,8 @@ _counts = {(call, path): 0 for call in _KERNELS for path in ("reference", "torch
 def note(call, path):
     """Count a call that no kernel takes; nothing while a program is traced."""
     if not is_compiling():
-        _add(call, path, 1)
+        with _lock:
+            _counts[call, path] += 1
 
 
 @contextlib.contextmanager
@@ -36,8 +37,7 @@ def count_calls():
     Of compiled programs, losses count where they reach a kernel, and steps as torch's, unless ``differentiable``. The
     last path of an optimizer that torch lacks, such as ``Lion``, counts as "torch".
 
-    Entering the block loads the library, or compiles it, as the first use of a kernel does. Counting slows no call
-    outside the block.
+    Entering the block loads the library, or compiles it, as the first use of a kernel does.
 
     Returns:
         A context manager that gives a dict. After the block, its "step" and "cross_entropy" are dicts of numbers:
@@ -48,76 +48,22 @@ def count_calls():
     """
     library = native.module()
     calls = {}
-    with _losses_of_torch.counted(library) if library is not None else contextlib.nullcontext():
-        before = _numbers(library)
-        try:
-            yield calls
-        finally:
-            for (call, path), number in _numbers(library).items():
-                calls.setdefault(call, {})[path] = number - before[call, path]
-
-
-def _add(call, path, number):
-    with _lock:
-        _counts[call, path] += number
+    before = _numbers(library)
+    try:
+        yield calls
+    finally:
+        for (call, path), number in _numbers(library).items():
+            calls.setdefault(call, {})[path] = number - before[call, path]
 
 
 def _numbers(library):
     """All counts since the process began, by call and path."""
-    of_kernels = library.kernel_calls() if library is not None else {}
-    kernels = {(call, "kernel"): of_kernels.get(name, 0) for call, name in _KERNELS.items()}
+    of_library = library.kernel_calls() if library is not None else {}
+    kernels = {(call, "kernel"): of_library.get(name, 0) for call, name in _KERNELS.items()}
     with _lock:
-        return {**kernels, **_counts}
-
-
-class _LossesOfTorch:
-    """Counts the calls of the extension's cross_entropy that reach no kernel: the extension hands them to torch.
-
-    While they are counted, a function of Python stands in the place of the extension's. Calls that overlap in time are
-    counted together, when all of them have ended.
-    """
-
-    def __init__(self):
-        self.n_blocks = 0
-        self.n_running = self.n_losses = self.n_kernels_before = 0  # of calls that overlap
-
-    @contextlib.contextmanager
-    def counted(self, library):
-        with _lock:
-            self.n_blocks += 1
-            if self.n_blocks == 1:
-                self.library, self.function = library, library.cross_entropy
-                library.cross_entropy = self._cross_entropy
-        try:
-            yield
-        finally:
-            with _lock:
-                self.n_blocks -= 1
-                if self.n_blocks == 0:
-                    library.cross_entropy = self.function
-
-    def _cross_entropy(self, *arguments):
-        with _lock:
-            if self.n_running == 0:
-                self.n_losses, self.n_kernels_before = 0, self._n_kernels()
-            self.n_running += 1
-        loss = NotImplemented
-        try:
-            loss = self.function(*arguments)
-        finally:
-            with _lock:
-                self.n_running -= 1
-                self.n_losses += loss is not NotImplemented
-                if self.n_running == 0:
-                    n_kernels = self._n_kernels() - self.n_kernels_before
-                    _counts["cross_entropy", "torch"] += max(0, self.n_losses - n_kernels)
-        return loss
-
-    def _n_kernels(self):
-        return self.library.kernel_calls()["cross_entropy"]
-
-
-_losses_of_torch = _LossesOfTorch()
+        numbers = {**kernels, **_counts}
+    numbers["cross_entropy", "torch"] += of_library.get("torch_cross_entropy", 0)  # which the library hands to torch
+    return numbers
 
 
 def _after_fork_in_child():

@@ -188,16 +188,6 @@ def test_blocks_may_be_nested_and_raise():
     assert outer["cross_entropy"] == counts(**{default_path(): 3})
 
 
-@pytest.mark.native
-def test_the_extension_is_as_before_after_a_block():
-    from fastopt._build import native
-
-    before = native.module().cross_entropy
-    with fastopt.count_calls(), fastopt.count_calls():
-        loss_of(INPUT)
-    assert native.module().cross_entropy is before
-
-
 def test_a_compiled_loss_is_one_graph_and_counts_where_it_reaches_a_kernel():
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
     compiled(INPUT)

@@ -156,16 +156,24 @@ inline cpu::Threads torch_threads() {
   return {at::in_parallel_region() || is_forked_child() ? 1 : at::get_num_threads(), on_each};
 }
 
-// Numbers of calls that reached a kernel, for tests of which path ran.
+// Numbers of calls that reached a kernel: fastopt.count_calls() tells which path ran.
 struct KernelCalls {
   std::atomic<int64_t> update{0};
   std::atomic<int64_t> threaded_gather{0};  // updates whose tensors were gathered by several threads
   std::atomic<int64_t> cross_entropy{0};
-  std::atomic<int64_t> cuda{0};  // update and cross_entropy calls of the CUDA library
+  std::atomic<int64_t> torch_cross_entropy{0};  // calls from Python that reached none
+  std::atomic<int64_t> cuda{0};                 // update and cross_entropy calls of the CUDA library
 };
 inline KernelCalls& kernel_calls() {
   static KernelCalls calls;
   return calls;
+}
+
+// Losses that kernels have computed in this thread: a call during which the number stays the same has reached none.
+inline thread_local int64_t losses_of_thread = 0;
+inline void count_cross_entropy() {
+  ++kernel_calls().cross_entropy;
+  ++losses_of_thread;
 }
 
 }  // namespace fastopt

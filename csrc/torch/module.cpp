@@ -16,6 +16,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["update"] = fastopt::kernel_calls().update.load();
     calls["threaded_gather"] = fastopt::kernel_calls().threaded_gather.load();
     calls["cross_entropy"] = fastopt::kernel_calls().cross_entropy.load();
+    calls["torch_cross_entropy"] = fastopt::kernel_calls().torch_cross_entropy.load();
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
     return calls;
   });

@@ -192,7 +192,12 @@ PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, P
   const at::Tensor& input = THPVariable_Unpack(args[0]);
   const at::Tensor& target = THPVariable_Unpack(args[1]);
   const at::Tensor* const weight = has_weight ? &THPVariable_Unpack(args[2]) : nullptr;
-  const auto run = [&] { return eager_loss({input, target, weight, options}, is_in_place > 0); };
+  const auto run = [&] {
+    const int64_t n_before = losses_of_thread;
+    at::Tensor loss = eager_loss({input, target, weight, options}, is_in_place > 0);
+    if (losses_of_thread == n_before) ++kernel_calls().torch_cross_entropy;
+    return loss;
+  };
   if (input.numel() < kMinLogitsToReleaseGil) return THPVariable_Wrap(run());
   at::Tensor loss;
   {

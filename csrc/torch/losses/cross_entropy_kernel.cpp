@@ -153,7 +153,7 @@ at::Tensor solve_on_cuda(const CrossEntropyArguments& a, const CrossEntropyProbl
   if (a.input.is_cuda() && is_unbatched && call.reduction == cuda::Reduction::kMean) {
     loss.masked_fill_(a.target.eq(a.options.ignore_index.expect_int()), 0);
   }
-  ++kernel_calls().cross_entropy;
+  count_cross_entropy();
   ++kernel_calls().cuda;
   return loss;
 }
@@ -201,7 +201,7 @@ std::pair<at::Tensor, LossGradient> solve_on_cpu(const CrossEntropyArguments& a,
       store(*static_cast<L*>(loss.mutable_data_ptr()), static_cast<compute_t<L>>(value));
     });
   }
-  ++kernel_calls().cross_entropy;
+  count_cross_entropy();
   return {loss, {std::move(prepared.grad), factor, denominator, sum, problem.is_grad_final}};
 }
 

@@ -58,7 +58,7 @@ OptionalTensor shard_totals(const at::Tensor& input, const at::Tensor& is_kept, 
   at::Tensor totals = at::empty({2 + is_smoothed, shard.n_rows}, at::kDouble);
   double* first = totals.mutable_data_ptr<double>();
   cpu::shard_totals(shard, torch_threads(), {first, first + shard.n_rows, first + 2 * shard.n_rows});
-  ++kernel_calls().cross_entropy;
+  count_cross_entropy();
   return totals;
 }
 
@@ -79,7 +79,7 @@ OptionalTensor shard_gradient(const at::Tensor& input, const at::Tensor& target,
   cpu::shard_gradient(shard, torch_threads(),
                       {target.const_data_ptr<int64_t>(), of_rows(0), of_rows(1), of_rows(2), of_rows(3), of_rows(4),
                        off, grad.mutable_data_ptr(), shard.n_classes});
-  ++kernel_calls().cross_entropy;
+  count_cross_entropy();
   return input.dim() == 1 ? grad.view({-1}) : grad;
 }
 
