@@ -42,6 +42,12 @@ constexpr int count_names(const char* names) {
   Type __VA_ARGS__;                  \
   static constexpr int kConstants = ::fastopt::count_names(#__VA_ARGS__);
 
+// The same of a rule that derives from a part with constants of its own.
+#define FASTOPT_CONSTANTS_AFTER(Part, Type, ...) \
+  using Real = Type;                             \
+  Type __VA_ARGS__;                              \
+  static constexpr int kConstants = Part::kConstants + ::fastopt::count_names(#__VA_ARGS__);
+
 namespace fastopt {
 
 // The scalars of an optimizer whose parameters keep a count of steps only.
