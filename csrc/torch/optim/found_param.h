@@ -64,20 +64,44 @@ template <bool kOnAnyThread>
 // Why a tensor, wherever it is, is none of a state's scalars, or null.
 inline const char* fault_of_scalar(const at::Tensor& scalar) {
   const bool is_real = scalar.scalar_type() == at::kDouble || scalar.scalar_type() == at::kFloat;
-  if (scalar.numel() != 1 || !is_real) return "a step is not a number";
-  return scalar.is_inference() ? "a step was made in inference mode" : nullptr;
+  if (scalar.numel() != 1 || !is_real) return "a scalar of a state is not a number";
+  return scalar.is_inference() ? "a scalar of a state was made in inference mode" : nullptr;
 }
 
 // Reads the k-th scalar. Returns why it cannot be read on the CPU, or null. Raises RuntimeError if its memory has been
 // freed.
 inline const char* read_cpu_scalar(const at::Tensor& scalar, int k, ScalarValues& values) {
   if (const char* fault = fault_of_scalar(scalar)) return fault;
-  if (!is_plain_cpu(scalar)) return "a step is not in CPU memory";
-  check_backed(scalar, "a step");
+  if (!is_plain_cpu(scalar)) return "a scalar of a state is not in CPU memory";
+  check_backed(scalar, "a scalar of a state");
   const bool is_double = scalar.scalar_type() == at::kDouble;
   values.numbers[k] = read_scalar(scalar.const_data_ptr(), is_double);
   values.are_float &= !is_double;
-  return values.numbers[k] >= 0 ? nullptr : "a step is negative";
+  return values.numbers[k] >= 0 ? nullptr : "a scalar of a state is negative";
+}
+
+// Reads the scalars of a parameter's state, or leaves them to the kernel if they are on its device. is_scaled: a
+// GradScaler has left its numbers to the kernel. Returns why they are not as they should be, or null.
+inline const char* read_scalars(const StepGroup& group, bool is_cuda, bool is_scaled, ParamTensors& tensors,
+                                StepInput& input) {
+  const at::Tensor& param = *tensors.param;
+  for (int k = 0; k < tensors.n_scalars; ++k) {
+    const at::Tensor& scalar = *tensors.kept[tensors.n_states + k];
+    // A default device places steps too, whatever the options.
+    const bool is_on_device =
+        is_cuda && (group.wants_device_scalars() || !is_plain_cpu(scalar)) && backend_of(scalar) == Backend::kCuda;
+    if (k > 0 && is_on_device != input.has_scalars_on_device) return "the scalars of a state are on different devices";
+    input.has_scalars_on_device = is_on_device;
+    if (is_on_device) {
+      if (const char* fault = fault_of_scalar(scalar)) return fault;
+      if (scalar.device() != param.device()) return "a scalar of a state is on another device";
+    } else {
+      if (group.is_capturable || is_scaled) return "a scalar of a state is not on its parameter's device";
+      if (const char* fault = read_cpu_scalar(scalar, k, input.scalars)) return fault;
+    }
+  }
+  tensors.has_scalars_on_device = input.has_scalars_on_device;
+  return nullptr;
 }
 
 }  // namespace fastopt

@@ -68,11 +68,12 @@ class UpdateCall {
                       " must have one tensor for each of the ", params_.size(), " params, got ", tensors.size());
     return tensors;
   }
-  // The tensors under a key of the parameters' states: "exp_avgs" of exp_avg, "state_steps" of step.
-  std::vector<at::Tensor> list_of_key(const std::string& key) const {
+  // The argument of what is under a key of the parameters' states: "exp_avgs" of exp_avg, "state_steps" of step.
+  std::string argument_of_key(const std::string& key) const {
     const std::string plural = key + "s";
-    return list_of_each_param(schema_.argumentIndexWithName(plural) ? plural : "state_" + plural);
+    return schema_.argumentIndexWithName(plural) ? plural : "state_" + plural;
   }
+  std::vector<at::Tensor> list_of_key(const std::string& key) const { return list_of_each_param(argument_of_key(key)); }
 
   void add(UpdateBatch& batch, size_t i) const {
     const at::Tensor& param = params_[i];
@@ -81,19 +82,19 @@ class UpdateCall {
     ParamTensors tensors{&param, &grads_[i], {}, static_cast<int>(states_.size()), static_cast<int>(scalars_.size()),
                          false};
     for (size_t s = 0; s < states_.size(); ++s) tensors.kept[s] = &states_[s][i];
-    bool is_each_right = true, is_any_on_cpu = scalars_.empty();
     for (size_t k = 0; k < scalars_.size(); ++k) {
       const at::Tensor& scalar = scalars_[k][i];
       const bool is_number =
           scalar.numel() == 1 && (scalar.scalar_type() == at::kFloat || scalar.scalar_type() == at::kDouble);
       const bool is_on_device = backend_of(param) == Backend::kCuda && scalar.device() == param.device();
-      is_each_right &= is_number && (is_plain_cpu(scalar) || is_on_device);
-      is_any_on_cpu |= !is_on_device;
+      TORCH_CHECK(is_number && (is_plain_cpu(scalar) || is_on_device), name(), ": each of ",
+                  argument_of_key(optimizer_.scalars[k]), " must be one float32 or float64 number, on the CPU or on ",
+                  "its parameter's device (index ", i, ")");
+      TORCH_CHECK(k == 0 || is_on_device == tensors.has_scalars_on_device, name(),
+                  ": the scalars of a state are on different devices (index ", i, ")");
+      tensors.has_scalars_on_device = is_on_device;
       tensors.kept[states_.size() + k] = &scalar;
     }
-    TORCH_CHECK(is_each_right, name(), ": each of state_steps must be one float32 or float64 number, on the CPU or on ",
-                "its parameter's device (index ", i, ")");
-    tensors.has_scalars_on_device = !is_any_on_cpu;
     TORCH_CHECK(batch.add(tensors), name(), ": ", batch.why_not(), " (index ", i, ")");
   }
 

@@ -184,7 +184,7 @@ class Stepper {
       }
     }
     if (found.tensors.n_scalars > 0) {
-      fault = read_scalars(group, is_cuda, found.tensors, entry.input);
+      fault = read_scalars(group, is_cuda, is_scaled_, found.tensors, entry.input);
       if (fault) return refuse(fault);
     }
     if (!batch_.add(found.tensors)) {
@@ -193,29 +193,6 @@ class Stepper {
     }
     entries_.push_back(entry);
     return give_rule(batch_.size() - 1) || refuse("a hyper-parameter is beyond the range of float32");
-  }
-
-  // Reads the scalars of a parameter's state, or leaves them to the kernel if they are on its device. Returns why they
-  // are not as they should be, or null.
-  const char* read_scalars(const StepGroup& group, bool is_cuda, ParamTensors& tensors, StepInput& input) const {
-    const at::Tensor& param = *tensors.param;
-    for (int k = 0; k < tensors.n_scalars; ++k) {
-      const at::Tensor& scalar = *tensors.kept[tensors.n_states + k];
-      // A default device places steps too, whatever the options.
-      const bool is_on_device =
-          is_cuda && (group.wants_device_scalars() || !is_plain_cpu(scalar)) && backend_of(scalar) == Backend::kCuda;
-      if (k > 0 && is_on_device != input.has_scalars_on_device) return "a step is not where another scalar is";
-      input.has_scalars_on_device = is_on_device;
-      if (is_on_device) {
-        if (const char* fault = fault_of_scalar(scalar)) return fault;
-        if (scalar.device() != param.device()) return "a step is on another device";
-      } else {
-        if (group.is_capturable || is_scaled_) return "a step is not on its parameter's device";
-        if (const char* fault = read_cpu_scalar(scalar, k, input.scalars)) return fault;
-      }
-    }
-    tensors.has_scalars_on_device = input.has_scalars_on_device;
-    return nullptr;
   }
 
   // True if this may be a step of many ordinary parameters in CPU memory; the first step is treated as one of few.

@@ -141,7 +141,7 @@ bool UpdateBatch::fill(TensorUpdate& item, const ParamTensors& tensors, const at
     const auto n_bytes = static_cast<int64_t>(scalar.itemsize());
     kept[tensors.n_states + k] =
         memory_of(scalar, n_bytes, n_bytes, tensors.has_scalars_on_device ? own_deleter : cpu_deleter_,
-                  /*is_written=*/true, "a step");
+                  /*is_written=*/true, "a scalar of a state");
     double_scalars |= static_cast<uint8_t>((n_bytes == sizeof(double)) << k);
   }
   replace(item.numel, numel);
