@@ -1,7 +1,7 @@
 // The CPU update of many tensors, divided among threads.
 #include "cpu/update.h"
 
-#include <algorithm>  // max, min, upper_bound
+#include <algorithm>  // max, min, none_of, upper_bound
 #include <vector>
 
 #include "cpu/update_loop.h"
@@ -31,13 +31,24 @@ Update<P, S> find_update(int32_t rule_id) {
   return table[rule_id];
 }
 
-void update_tensor(const TensorUpdate& item, const PackedRule* rules, int64_t begin, int64_t end) {
-  const PackedRule& rule = rules[item.rule];
+// Calls f with the arrays of a tensor from element `begin` on.
+template <class F>
+void with_arrays(const TensorUpdate& item, const PackedRule& rule, int64_t begin, F&& f) {
   with_stored_type(item.dtype, [&](auto stored) {
     using P = decltype(stored);
     using S = P;  // item.state_dtype is another on GPUs only
-    Arrays<P, S> arrays{static_cast<P*>(item.param) + begin, static_cast<const P*>(item.grad) + begin, {}};
+    Arrays<P, S> arrays{static_cast<P*>(item.param) + begin, static_cast<const P*>(item.grad) + begin, {}, nullptr};
     for (int s = 0; s < rule.n_states; ++s) arrays.state[s] = static_cast<S*>(item.kept[s]) + begin;
+    if (rule.tail_bytes > 0) {
+      arrays.tail = static_cast<char*>(item.kept[rule.n_states + rule.n_scalars]) + begin * rule.tail_bytes;
+    }
+    f(arrays);
+  });
+}
+
+void update_tensor(const TensorUpdate& item, const PackedRule* rules, int64_t begin, int64_t end) {
+  const PackedRule& rule = rules[item.rule];
+  with_arrays(item, rule, begin, [&]<class P, class S>(const Arrays<P, S>& arrays) {
     find_update<P, S>(rule.id)(arrays, rule.bytes, end - begin);
   });
 }
@@ -50,9 +61,8 @@ void fetch_start(const TensorUpdate& item, const PackedRule* rules) {
   for (int s = 0; s < rules[item.rule].n_states; ++s) fetch(item.kept[s], n_bytes);
 }
 
-}  // namespace
-
-void update(const TensorUpdate* updates, int64_t n_updates, const PackedRule* rules, const Threads& threads) {
+// Updates all tensors, of which the rules know all that they need.
+void sweep(const TensorUpdate* updates, int64_t n_updates, const PackedRule* rules, const Threads& threads) {
   int64_t total = 0;
   for (int64_t i = 0; i < n_updates; ++i) total += updates[i].numel + kTensorOverhead;
   const int64_t n_threads = std::min<int64_t>(threads.count, total / kMinElementsPerThread);
@@ -92,6 +102,77 @@ void update(const TensorUpdate* updates, int64_t n_updates, const PackedRule* ru
       if (first < last) update_tensor(updates[item], rules, first, last);
     }
   });
+}
+
+// --- Rules that need sums over their tensor first --------------------------------------------------------------------
+
+// Elements that one thread sums: sums do not depend on the number of threads.
+constexpr int64_t kSummedElements = 1 << 15;
+
+void add_terms_of(const TensorUpdate& item, const PackedRule& rule, int64_t begin, int64_t end, double* sums) {
+  with_arrays(item, rule, begin, [&]<class P, class S>(const Arrays<P, S>& arrays) {
+    static const auto table = table_of_rules<compute_t<P>>([]<class Rule>() -> AddTerms<P, S> {
+      if constexpr (kSumsOf<Rule> > 0) return add_terms<Rule, P, S>;
+      return nullptr;
+    });
+    table[rule.id](arrays, rule.bytes, end - begin, sums);
+  });
+}
+
+void take_sums(PackedRule& packed, DType dtype, const double* sums) {
+  with_stored_type(dtype, [&](auto stored) {
+    static const auto table =
+        table_of_rules<compute_t<decltype(stored)>>([]<class Rule>() -> void (*)(PackedRule&, const double*) {
+          if constexpr (kSumsOf<Rule> == 0) return nullptr;
+          return [](PackedRule& packed, const double* sums) {
+            if constexpr (kSumsOf<Rule> > 0) reinterpret_cast<Rule*>(packed.bytes)->take_sums(sums);
+          };
+        });
+    table[packed.id](packed, sums);
+  });
+}
+
+// A rule for each tensor, which knows the tensor's sums.
+std::vector<PackedRule> rules_with_sums(const TensorUpdate* updates, int64_t n_updates, const PackedRule* rules,
+                                        const Threads& threads) {
+  struct Block {
+    int64_t item, begin;
+    double sums[kMaxSums];
+  };
+  std::vector<Block> blocks;
+  std::vector<PackedRule> own;
+  for (int64_t i = 0; i < n_updates; ++i) {
+    own.push_back(rules[updates[i].rule]);
+    for (int64_t begin = 0; own[i].n_sums > 0 && begin < updates[i].numel; begin += kSummedElements) {
+      blocks.push_back({i, begin, {}});
+    }
+  }
+  run_tasks(threads, static_cast<int64_t>(blocks.size()), [&](int64_t task) {
+    Block& block = blocks[task];
+    const TensorUpdate& item = updates[block.item];
+    add_terms_of(item, own[block.item], block.begin, std::min(block.begin + kSummedElements, item.numel), block.sums);
+  });
+  for (size_t first = 0, end = 0; first < blocks.size(); first = end) {
+    double sums[kMaxSums] = {};
+    for (; end < blocks.size() && blocks[end].item == blocks[first].item; ++end) {
+      for (int k = 0; k < kMaxSums; ++k) sums[k] += blocks[end].sums[k];
+    }
+    take_sums(own[blocks[first].item], updates[blocks[first].item].dtype, sums);
+  }
+  return own;
+}
+
+}  // namespace
+
+void update(const TensorUpdate* updates, int64_t n_updates, const PackedRule* rules, int64_t n_rules,
+            const Threads& threads) {
+  if (std::none_of(rules, rules + n_rules, [](const PackedRule& rule) { return rule.n_sums > 0; })) {
+    return sweep(updates, n_updates, rules, threads);
+  }
+  const auto own = rules_with_sums(updates, n_updates, rules, threads);
+  std::vector<TensorUpdate> with_own(updates, updates + n_updates);
+  for (int64_t i = 0; i < n_updates; ++i) with_own[i].rule = static_cast<int32_t>(i);
+  sweep(with_own.data(), n_updates, own.data(), threads);
 }
 
 }  // namespace fastopt::cpu

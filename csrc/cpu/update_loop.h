@@ -15,6 +15,7 @@ struct Arrays {
   P* param;
   const P* grad;
   S* state[kMaxStates];
+  void* tail;  // of the rule's Tail, or unused
 };
 
 template <class P, class S = P>
@@ -29,6 +30,7 @@ FASTOPT_HD void update_elements(const Arrays<P, S>& arrays, const Rule& rule, in
   S* __restrict state0 = arrays.state[0];
   S* __restrict state1 = arrays.state[1];
   S* __restrict state2 = arrays.state[2];
+  auto* __restrict tail = static_cast<tail_t<Rule>*>(arrays.tail);
   for (int64_t i = 0; i < n; ++i) {
     T value = load(param[i]);
     T state[kMaxStates] = {};
@@ -40,7 +42,21 @@ FASTOPT_HD void update_elements(const Arrays<P, S>& arrays, const Rule& rule, in
     if constexpr (kStates > 0) store(state0[i], state[0]);
     if constexpr (kStates > 1) store(state1[i], state[1]);
     if constexpr (kStates > 2) store(state2[i], state[2]);
+    if constexpr (kHasTail<Rule>) {
+      T last = load(tail[i]);
+      rule.tail(value, last);
+      store(tail[i], last);
+    }
   }
+}
+
+// Makes the arrays begin n elements later.
+template <class Rule, class P, class S>
+FASTOPT_HD void advance(Arrays<P, S>& arrays, int64_t n) {
+  arrays.param += n;
+  arrays.grad += n;
+  for (int s = 0; s < Rule::kStates; ++s) arrays.state[s] += n;
+  if constexpr (kHasTail<Rule>) arrays.tail = static_cast<tail_t<Rule>*>(arrays.tail) + n;
 }
 
 // Bytes of each array that lie between what is updated and what is fetched: a page, for many a processor by itself
@@ -72,9 +88,7 @@ FASTOPT_HD void for_blocks(Arrays<P, S>& arrays, int64_t& n, F&& f) {
       for (int s = 0; s < Rule::kStates; ++s) fetch_block<kBlock>(arrays.state[s] + kAhead);
     }
     f();
-    arrays.param += kBlock;
-    arrays.grad += kBlock;
-    for (int s = 0; s < Rule::kStates; ++s) arrays.state[s] += kBlock;
+    advance<Rule>(arrays, kBlock);
   }
 }
 
@@ -109,8 +123,9 @@ void update_baseline(const Arrays<P, S>& arrays, const void* rule, int64_t n) {
   update_all<Rule>(arrays, rule, n);
 }
 
-// Elements of 16 bits that are widened together: so few that vectors of 512 bits stay in registers. Through memory, a
-// step of Adam takes 1.5 times as long on a Zen 4 whose core another tenant uses too, and no less on one alone.
+// Elements of 16 bits that are widened together, perhaps in another order, so not for a rule with a tail. So few that
+// vectors of 512 bits stay in registers: through memory, a step of Adam takes 1.5 times as long on a Zen 4 whose core
+// another tenant uses too, and no less on one alone.
 constexpr int64_t kBlock = 32;
 
 template <class Rule, class Conversion, class S>
@@ -121,7 +136,7 @@ FASTOPT_HD void update_block(const Arrays<S>& arrays, const Rule& rule) {
     Conversion::widen(arrays.grad + i, grad + i);
     for (int s = 0; s < Rule::kStates; ++s) Conversion::widen(arrays.state[s] + i, states[s] + i);
   }
-  update_elements(Arrays<float>{param, grad, {states[0], states[1], states[2]}}, rule, kBlock);
+  update_elements(Arrays<float>{param, grad, {states[0], states[1], states[2]}, nullptr}, rule, kBlock);
   for (int64_t i = 0; i < kBlock; i += Conversion::kWidth) {
     Conversion::narrow(param + i, arrays.param + i);
     for (int s = 0; s < Rule::kStates; ++s) Conversion::narrow(states[s] + i, arrays.state[s] + i);
@@ -140,7 +155,7 @@ FASTOPT_HD void update_by_blocks(Arrays<S> arrays, const void* rule_bytes, int64
   memcpy(param, arrays.param, n_bytes);
   memcpy(grad, arrays.grad, n_bytes);
   for (int s = 0; s < Rule::kStates; ++s) memcpy(states[s], arrays.state[s], n_bytes);
-  update_block<Rule, Conversion>(Arrays<S>{param, grad, {states[0], states[1], states[2]}}, rule);
+  update_block<Rule, Conversion>(Arrays<S>{param, grad, {states[0], states[1], states[2]}, nullptr}, rule);
   memcpy(arrays.param, param, n_bytes);
   for (int s = 0; s < Rule::kStates; ++s) memcpy(arrays.state[s], states[s], n_bytes);
 }
@@ -162,6 +177,7 @@ FASTOPT_TARGET_V4 __attribute__((flatten)) void update_v4(const Arrays<S>& array
 // The loop that this processor runs fastest. 16-bit types that parameters and states share have vector conversions.
 template <class Rule, class P, class S>
 Update<P, S> update_function() {
+  if constexpr (kHasTail<Rule>) return update_arrays<Rule, P, S>;
 #if defined(FASTOPT_TARGET_V4)
   if constexpr (std::is_same_v<P, Half> && std::is_same_v<S, Half>) {
     if (FASTOPT_CPU_HAS_V4) return update_v4<Rule, HalfV4>;
@@ -182,6 +198,39 @@ Update<P, S> update_function() {
   }
 #endif
   return update_arrays<Rule, P, S>;
+}
+
+// --- Before the update -----------------------------------------------------------------------------------------------
+
+template <class P, class S = P>
+using AddTerms = void (*)(const Arrays<P, S>&, const void* rule, int64_t n, double* sums);
+
+// Elements whose terms are added in the type that the rule computes in, in lanes that are a vector; then in double.
+constexpr int64_t kSumLanes = 16, kSummedTogether = 64 * kSumLanes;
+
+// Adds the terms of all elements to the rule's sums.
+template <class Rule, class P, class S>
+FASTOPT_CLONES void add_terms(const Arrays<P, S>& arrays, const void* rule_bytes, int64_t n, double* sums) {
+  using T = typename Rule::Real;
+  const Rule rule = *static_cast<const Rule*>(rule_bytes);
+  for (int64_t begin = 0; begin < n; begin += kSummedTogether) {
+    T lanes[Rule::kSums][kSumLanes] = {};
+    const auto add = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+      T state[kMaxStates] = {}, terms[Rule::kSums] = {};
+      for (int s = 0; s < Rule::kStates; ++s) state[s] = load(arrays.state[s][i]);
+      rule.terms(load(arrays.param[i]), load(arrays.grad[i]), state, terms);
+      for (int k = 0; k < Rule::kSums; ++k) lanes[k][lane] += terms[k];
+    };
+    const int64_t end = begin + kSummedTogether < n ? begin + kSummedTogether : n;
+    int64_t i = begin;
+    for (; i + kSumLanes <= end; i += kSumLanes) {
+      for (int64_t lane = 0; lane < kSumLanes; ++lane) add(i + lane, lane);
+    }
+    for (int64_t lane = 0; i < end; ++i, ++lane) add(i, lane);
+    for (int k = 0; k < Rule::kSums; ++k) {
+      for (const T lane : lanes[k]) sums[k] += lane;
+    }
+  }
 }
 
 }  // namespace fastopt::cpu

@@ -15,7 +15,7 @@ namespace fastopt::cuda {
 using Stream = void*;  // a cudaStream_t
 
 // Must be increased with any change of a structure in this file; a library with another version is rejected.
-constexpr int32_t kInterfaceVersion = 2;
+constexpr int32_t kInterfaceVersion = 3;
 
 // --- Optimizers ---------------------------------------------------------------------------------------------------
 
@@ -23,7 +23,7 @@ constexpr int32_t kInterfaceVersion = 2;
 struct UpdateEntry {
   void* param;
   void* grad;            // written only if there is a grad_scale
-  void* kept[kMaxKept];  // the states, then the scalars if they are on the device, where the kernel advances them
+  void* kept[kMaxKept];  // as in TensorUpdate; scalars are on the device, where the kernel advances them, or unused
   int64_t numel;
   int32_t first_chunk;
   int8_t rule;
@@ -50,6 +50,7 @@ struct Update {
   int32_t chunk;            // elements; a multiple of kChunkUnit
   const float* grad_scale;  // on the device, or null: gradients are divided by it, and written back
   const float* found_inf;   // on the device, or null: if it is above 0, nothing changes
+  double* sums;             // on the device, n_chunks * n_sums of the rule, or null if it has none; overwritten
   uint32_t* ticket;         // on the device, 0 between launches; needed if an entry has scalars on the device
 };
 

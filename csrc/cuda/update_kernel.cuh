@@ -1,80 +1,10 @@
 // The one CUDA loop for all rules: a block of threads updates one chunk of one tensor.
 #pragma once
 
-#include <cstddef>  // size_t
-
-#include "cuda/library.h"
 #include "cuda/pack.h"
-#include "rules/rules.h"
+#include "cuda/update_arguments.cuh"
 
 namespace fastopt::cuda {
-
-constexpr int kUpdateThreads = 256;
-// With nvcc and driver of CUDA 12.1 or later, as _build_cuda.py and library.cu check; every architecture since Volta.
-constexpr size_t kMaxArgumentBytes = 32764;
-
-template <int kCapacity>
-struct UpdateArguments {
-  const UpdateEntry* device_entries;  // or null: those below
-  const float* grad_scale;
-  const float* found_inf;
-  uint32_t* ticket;
-  int32_t n_entries, n_chunks, chunk;
-  PackedRule rules[kMaxRules];
-  UpdateEntry entries[kCapacity];
-};
-static_assert(sizeof(UpdateArguments<kManyEntries>) <= kMaxArgumentBytes, "the arguments of a kernel must fit");
-
-// The options of a rule that the host could not finish, with lr from the device if it is there.
-template <class Rule>
-__device__ __forceinline__ typename Rule::Options options_of(const PackedRule& source) {
-  typename Rule::Options options;
-  memcpy(&options, source.bytes, sizeof(options));
-  if (source.lr) {
-    options.lr = source.lr_dtype == DType::kFloat64 ? *static_cast<const double*>(source.lr)
-                                                    : static_cast<double>(*static_cast<const float*>(source.lr));
-  }
-  return options;
-}
-
-// An entry's scalars before the step: its own on the device, or those that the host has read.
-template <class Rule>
-__device__ __forceinline__ typename Rule::Scalars scalars_of(const PackedRule& source, const UpdateEntry& entry) {
-  constexpr int kScalars = Rule::Scalars::kNumberCount;
-  typename Rule::Scalars scalars{};
-  if constexpr (kScalars > 0) {
-    double numbers[kScalars];
-#pragma unroll
-    for (int i = 0; i < kScalars; ++i) {
-      numbers[i] = entry.has_scalars_on_device
-                       ? read_scalar(entry.kept[Rule::kStates + i], entry.double_scalars >> i & 1)
-                       : source.scalars_before[i];
-    }
-    memcpy(&scalars, numbers, sizeof(numbers));
-    scalars.are_float = entry.double_scalars == 0;
-  }
-  return scalars;
-}
-
-// The rule of an entry: finished by the host, or finished here from the numbers on the device, by one thread.
-template <class Rule>
-__device__ __forceinline__ Rule rule_of(const PackedRule& source, const UpdateEntry& entry) {
-  if (source.is_finished) {
-    Rule rule;
-    memcpy(&rule, source.bytes, sizeof(Rule));
-    return rule;
-  }
-  __shared__ __align__(16) char finished[kMaxRuleBytes];
-  if (threadIdx.x == 0) {
-    auto scalars = scalars_of<Rule>(source, entry);
-    const Rule rule = Rule::at_step(options_of<Rule>(source), scalars);
-    memcpy(finished, &rule, sizeof(Rule));
-  }
-  __syncthreads();
-  Rule rule;
-  memcpy(&rule, finished, sizeof(Rule));
-  return rule;
-}
 
 template <class Rule, class P, class S, bool kScales>
 struct Updater {
@@ -88,9 +18,11 @@ struct Updater {
   P* param;
   P* grad;
   S* state[kMaxStates];
+  tail_t<Rule>* tail;  // or null
   T grad_scale;
 
-  __device__ __forceinline__ void update(P& stored_param, P& stored_grad, S* stored_states, int stride) const {
+  // Returns the parameter before it is rounded.
+  __device__ __forceinline__ T update(P& stored_param, P& stored_grad, S* stored_states, int stride) const {
     T value = load(stored_param);
     T gradient = load(stored_grad);
     T states[kMaxStates] = {};
@@ -104,6 +36,28 @@ struct Updater {
     store(stored_param, value);
 #pragma unroll
     for (int s = 0; s < kStates; ++s) store(stored_states[s * stride], states[s]);
+    return value;
+  }
+
+  __device__ __forceinline__ void update_tail(int64_t i, T updated) const {
+    if constexpr (kHasTail<Rule>) {
+      T last = load(tail[i]);
+      rule.tail(updated, last);
+      store(tail[i], last);
+    }
+  }
+
+  // Adds the terms of an element before its update.
+  __device__ __forceinline__ void add_terms(int64_t i, T* sums) const {
+    if constexpr (kSumsOf<Rule> > 0) {
+      T gradient = load(grad[i]), states[kMaxStates] = {}, terms[kMaxSums] = {};
+      if constexpr (kScales) gradient /= grad_scale;
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) states[s] = load(state[s][i]);
+      rule.terms(load(param[i]), gradient, states, terms);
+#pragma unroll
+      for (int k = 0; k < kSumsOf<Rule>; ++k) sums[k] += terms[k];
+    }
   }
 
   __device__ __forceinline__ void one(int64_t i) const {
@@ -111,7 +65,7 @@ struct Updater {
     P value = param[i], gradient = grad[i];
 #pragma unroll
     for (int s = 0; s < kStates; ++s) states[s] = state[s][i];
-    update(value, gradient, states, 1);
+    update_tail(i, update(value, gradient, states, 1));
     param[i] = value;
     if constexpr (kScales) grad[i] = gradient;
 #pragma unroll
@@ -140,7 +94,7 @@ struct Updater {
       const int64_t i = first + (r * kUpdateThreads + threadIdx.x) * kVector;
 #pragma unroll
       for (int k = 0; k < kVector; ++k) {
-        update(params[r].values[k], grads[r].values[k], &states[r][0].values[k], kVector);
+        update_tail(i + k, update(params[r].values[k], grads[r].values[k], &states[r][0].values[k], kVector));
       }
       params[r].store_global(param + i);
       if constexpr (kScales) grads[r].store_global(grad + i);
@@ -157,47 +111,50 @@ struct Updater {
   }
 };
 
-// The entry whose chunks include `chunk`: the last that begins at or before it.
-__device__ __forceinline__ int find_entry(const UpdateEntry* entries, int n_entries, int chunk) {
-  int low = 0, high = n_entries;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (entries[middle].first_chunk <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
+// Calls f with the updater of an entry.
+template <class Rule, class P, class S, int kCapacity, class F>
+__device__ __forceinline__ void with_updater(const UpdateArguments<kCapacity>& arguments, const UpdateEntry& entry,
+                                             const Rule& rule, F&& f) {
+  const auto run = [&](auto scales) {
+    using T = typename Rule::Real;
+    Updater<Rule, P, S, decltype(scales)::value> updater{
+        rule, static_cast<P*>(entry.param), static_cast<P*>(entry.grad), {}, nullptr, T(1)};
+#pragma unroll
+    for (int s = 0; s < Rule::kStates; ++s) {
+      updater.state[s] = static_cast<S*>(entry.kept[s]);
+      FASTOPT_ASSUME_GLOBAL(updater.state[s]);
     }
+    if constexpr (kHasTail<Rule>) {
+      updater.tail = static_cast<tail_t<Rule>*>(entry.kept[Rule::kStates + Rule::Scalars::kNumberCount]);
+    }
+    FASTOPT_ASSUME_GLOBAL(updater.param);
+    FASTOPT_ASSUME_GLOBAL(updater.grad);
+    if (arguments.grad_scale) updater.grad_scale = static_cast<T>(*arguments.grad_scale);
+    f(updater);
+  };
+  if (arguments.grad_scale) {
+    run(BoolConstant<true>{});
+  } else {
+    run(BoolConstant<false>{});
   }
-  return low;
 }
 
-// The last block to come here advances the scalars on the device: by then every block has read them.
-template <class Rule>
-__device__ __forceinline__ void advance_scalars(const UpdateEntry* entries, int n_entries, const PackedRule* rules,
-                                                uint32_t* ticket) {
-  __shared__ bool is_last;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    is_last = atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1;  // back to 0 for the next launch
-  }
-  __syncthreads();
-  if (!is_last) return;
-  constexpr int kScalars = Rule::Scalars::kNumberCount;
-  if constexpr (kScalars > 0) {
-    for (int i = threadIdx.x; i < n_entries; i += kUpdateThreads) {
-      const UpdateEntry& entry = entries[i];
-      if (!entry.has_scalars_on_device) continue;
-      // Of the rule itself nothing is used here, and the compiler leaves it out.
-      auto scalars = scalars_of<Rule>(rules[entry.rule], entry);
-      Rule::at_step(options_of<Rule>(rules[entry.rule]), scalars);
-      double numbers[kScalars];
-      memcpy(numbers, &scalars, sizeof(numbers));
+// Before the update: the sums of each chunk.
+template <class Rule, class P, class S, int kCapacity>
+__global__ void __launch_bounds__(kUpdateThreads)
+    sum_kernel(const __grid_constant__ UpdateArguments<kCapacity> arguments) {
+  if (arguments.found_inf && *arguments.found_inf > 0) return;
+  const UpdateEntry* entries = arguments.device_entries ? arguments.device_entries : arguments.entries;
+  const Chunk chunk = chunk_of_block(arguments, entries);
+  const Rule rule = rule_of<Rule>(arguments.rules[chunk.entry.rule], chunk.entry);
+  typename Rule::Real sums[kMaxSums] = {};
+  with_updater<Rule, P, S>(arguments, chunk.entry, rule, [&](const auto& updater) {
+    for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kUpdateThreads) updater.add_terms(i, sums);
+  });
 #pragma unroll
-      for (int s = 0; s < kScalars; ++s) {
-        write_scalar(entry.kept[Rule::kStates + s], entry.double_scalars >> s & 1, numbers[s]);
-      }
-    }
+  for (int k = 0; k < kSumsOf<Rule>; ++k) {
+    const double sum = Group<true>::sum(static_cast<double>(sums[k]));
+    if (threadIdx.x == 0) arguments.sums[static_cast<int64_t>(blockIdx.x) * kSumsOf<Rule> + k] = sum;
   }
 }
 
@@ -206,31 +163,13 @@ __global__ void __launch_bounds__(kUpdateThreads, 2)
     update_kernel(const __grid_constant__ UpdateArguments<kCapacity> arguments) {
   if (arguments.found_inf && *arguments.found_inf > 0) return;
   const UpdateEntry* entries = arguments.device_entries ? arguments.device_entries : arguments.entries;
-  const int chunk = static_cast<int>(blockIdx.x);
-  if (chunk < arguments.n_chunks) {
-    const UpdateEntry& entry = entries[find_entry(entries, arguments.n_entries, chunk)];
-    const Rule rule = rule_of<Rule>(arguments.rules[entry.rule], entry);
-    const int64_t begin = static_cast<int64_t>(chunk - entry.first_chunk) * arguments.chunk;
-    const int64_t end = begin + arguments.chunk < entry.numel ? begin + arguments.chunk : entry.numel;
-    const auto run = [&](auto scales) {
-      using T = typename Rule::Real;
-      Updater<Rule, P, S, decltype(scales)::value> updater{
-          rule, static_cast<P*>(entry.param), static_cast<P*>(entry.grad), {}, T(1)};
-#pragma unroll
-      for (int s = 0; s < Rule::kStates; ++s) {
-        updater.state[s] = static_cast<S*>(entry.kept[s]);
-        FASTOPT_ASSUME_GLOBAL(updater.state[s]);
-      }
-      FASTOPT_ASSUME_GLOBAL(updater.param);
-      FASTOPT_ASSUME_GLOBAL(updater.grad);
-      if (arguments.grad_scale) updater.grad_scale = static_cast<T>(*arguments.grad_scale);
-      updater.range(begin, end, entry.is_aligned);
-    };
-    if (arguments.grad_scale) {
-      run(BoolConstant<true>{});
-    } else {
-      run(BoolConstant<false>{});
-    }
+  if (static_cast<int>(blockIdx.x) < arguments.n_chunks) {
+    const Chunk chunk = chunk_of_block(arguments, entries);
+    Rule rule = rule_of<Rule>(arguments.rules[chunk.entry.rule], chunk.entry);
+    if constexpr (kSumsOf<Rule> > 0) take_sums(rule, chunk.entry, arguments.sums, arguments.chunk);
+    with_updater<Rule, P, S>(arguments, chunk.entry, rule, [&](const auto& updater) {
+      updater.range(chunk.begin, chunk.end, chunk.entry.is_aligned);
+    });
   }
   if (arguments.ticket) advance_scalars<Rule>(entries, arguments.n_entries, arguments.rules, arguments.ticket);
 }
@@ -241,12 +180,18 @@ int launch_update_kernel(const Update& update, cudaStream_t stream) {
   arguments.device_entries = update.is_on_device ? update.entries : nullptr;
   arguments.grad_scale = update.grad_scale;
   arguments.found_inf = update.found_inf;
+  arguments.sums = update.sums;
   arguments.ticket = update.ticket;
   arguments.n_entries = update.n_entries;
   arguments.n_chunks = update.n_chunks;
   arguments.chunk = update.chunk;
   memcpy(arguments.rules, update.rules, update.n_rules * sizeof(PackedRule));
   if (!update.is_on_device) memcpy(arguments.entries, update.entries, update.n_entries * sizeof(UpdateEntry));
+  if constexpr (kSumsOf<Rule> > 0) {
+    if (update.n_chunks > 0) {
+      FASTOPT_LAUNCH((sum_kernel<Rule, P, S, kCapacity>), update.n_chunks, kUpdateThreads, 0, stream, arguments);
+    }
+  }
   const int n_blocks = update.n_chunks > 0 ? update.n_chunks : 1;  // without elements the scalars still advance
   FASTOPT_LAUNCH((update_kernel<Rule, P, S, kCapacity>), n_blocks, kUpdateThreads, 0, stream, arguments);
   return cudaGetLastError();

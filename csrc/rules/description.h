@@ -1,6 +1,8 @@
 // How a rule declares its numbers: each name is written once, as a field, and is known as text too.
 #pragma once
 
+#include <type_traits>  // is_same_v
+
 #include "common.h"
 
 namespace fastopt {
@@ -77,6 +79,39 @@ struct OneRule {
     return true;
   }
 };
+
+// --- What a rule may have besides; one that lacks it pays nothing
+// -----------------------------------------------------
+//
+// Sums over its tensor before the update, such as the norms of LAMB:
+//   static constexpr int kSums = 2;
+//   void terms(T param, T grad, const T* state, T* terms) const;  one element's, before the update
+//   void take_sums(const double* sums);                           changes the constants for this tensor
+// A tail, which is one more array that the update reads and writes, of a type of its own: a moving average of the
+// parameter, a copy of it in 16 bits, a gradient that becomes zero. Its memory comes after the scalars:
+//   using Tail = BFloat16;
+//   void tail(T param, T& tail) const;                            after the update
+
+template <class Rule>
+constexpr int kSumsOf = 0;
+template <class Rule>
+  requires(Rule::kSums > 0)
+constexpr int kSumsOf<Rule> = Rule::kSums;
+
+struct NoTail {};
+template <class Rule>
+struct TailOf {
+  using Type = NoTail;
+};
+template <class Rule>
+  requires requires { typename Rule::Tail; }
+struct TailOf<Rule> {
+  using Type = typename Rule::Tail;
+};
+template <class Rule>
+using tail_t = typename TailOf<Rule>::Type;
+template <class Rule>
+constexpr bool kHasTail = !std::is_same_v<tail_t<Rule>, NoTail>;
 
 // A parameter after decoupled decay. One rounding, where a factor 1 - decay would bring its own each step; an infinite
 // parameter stays infinite.

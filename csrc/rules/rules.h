@@ -1,4 +1,4 @@
-// The list of optimizers, and the numbering of their rules: each rule is one variant of one optimizer.
+// Numbers the rules of the optimizers in the list: each rule is one variant of one optimizer.
 #pragma once
 
 #include <array>
@@ -6,18 +6,9 @@
 #include <tuple>
 #include <utility>  // integer_sequence
 
-#include "rules/adadelta.h"
-#include "rules/adagrad.h"
-#include "rules/adam.h"
-#include "rules/lion.h"
-#include "rules/nadam.h"
-#include "rules/rmsprop.h"
-#include "rules/sgd.h"
+#include "rules/list.h"
 
 namespace fastopt {
-
-using Optimizers = std::tuple<SgdOptimizer, RmsPropOptimizer, AdamOptimizer, AdagradOptimizer, AdadeltaOptimizer,
-                              NAdamOptimizer, LionOptimizer>;
 
 constexpr int kMaxVariants = 4;  // of an optimizer
 constexpr int kRuleIds = std::tuple_size_v<Optimizers> * kMaxVariants;

@@ -4,13 +4,14 @@
 #include <cstdint>
 #include <cstring>  // memcpy
 
-#include "common.h"
+#include "rules/description.h"
 
 namespace fastopt {
 
 constexpr int kMaxStates = 3;   // arrays like the parameter
 constexpr int kMaxScalars = 2;  // numbers that a parameter's state keeps: its count of steps and others
-constexpr int kMaxKept = 4;     // of both
+constexpr int kMaxKept = 4;     // of both, and a rule's tail
+constexpr int kMaxSums = 2;     // numbers that a rule needs to know of a tensor before its update
 constexpr int kMaxRuleBytes = 96;
 
 // The numbers that a parameter's state keeps, in memory of float32 or of float64.
@@ -24,7 +25,7 @@ struct ScalarValues {
 // the rule's Options, for the kernel to finish.
 struct PackedRule {
   int32_t id;
-  int8_t n_states, n_scalars;
+  int8_t n_states, n_scalars, n_sums, tail_bytes;  // tail_bytes: of one element, 0 without a tail
   bool is_finished;
   DType lr_dtype;
   alignas(16) char bytes[kMaxRuleBytes];
@@ -56,12 +57,17 @@ struct PackedRule {
   template <class Rule>
   static PackedRule empty(int32_t id) {
     constexpr int kScalars = Rule::Scalars::kNumberCount;
-    static_assert(Rule::kStates <= kMaxStates && kScalars <= kMaxScalars && Rule::kStates + kScalars <= kMaxKept,
-                  "a rule's states and scalars must fit");
+    constexpr int kSums = kSumsOf<Rule>;
+    constexpr bool kHasATail = kHasTail<Rule>;
+    static_assert(Rule::kStates <= kMaxStates && kScalars <= kMaxScalars && kSums <= kMaxSums &&
+                      Rule::kStates + kScalars + kHasATail <= kMaxKept,
+                  "a rule's states, scalars and sums must fit");
     PackedRule packed{};
     packed.id = id;
     packed.n_states = Rule::kStates;
     packed.n_scalars = kScalars;
+    packed.n_sums = kSums;
+    packed.tail_bytes = kHasATail ? sizeof(tail_t<Rule>) : 0;
     return packed;
   }
 };
@@ -70,7 +76,7 @@ struct PackedRule {
 struct TensorUpdate {
   void* param;
   const void* grad;
-  void* kept[kMaxKept];  // the states, then the scalars
+  void* kept[kMaxKept];  // the states, then the scalars, then the rule's tail
   int64_t numel;
   int32_t rule;                // index into the step's PackedRules
   DType dtype;                 // of parameter and gradient

@@ -53,7 +53,7 @@ std::vector<float> updated(const cpu::Threads& threads) {
   StepScalar scalars{0, true};
   for (int step = 1; step < 4; ++step) {
     const PackedRule rule = PackedRule::finished(kAdamId, Adam<float, false>::at_step(options, scalars));
-    cpu::update(updates.data(), static_cast<int64_t>(updates.size()), &rule, threads);
+    cpu::update(updates.data(), static_cast<int64_t>(updates.size()), &rule, 1, threads);
   }
   std::vector<float> all;
   for (const auto& values : memory) all.insert(all.end(), values.begin(), values.end());

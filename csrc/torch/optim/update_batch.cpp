@@ -228,7 +228,7 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
   bool is_all_cpu = true;
   for (const int16_t place : places_) is_all_cpu &= devices_[place].backend == Backend::kCpu;
   if (is_all_cpu) {
-    cpu::update(updates_.data(), size(), rules_.data(), torch_threads());
+    cpu::update(updates_.data(), size(), rules_.data(), static_cast<int64_t>(rules_.size()), torch_threads());
   } else {
     std::vector<TensorUpdate> on_cpu;
     for (int64_t i = 0; i < size(); ++i) {
@@ -239,7 +239,8 @@ void UpdateBatch::run(const at::Tensor* grad_scale, const at::Tensor* found_inf)
         run_cuda(devices_[place], static_cast<int16_t>(place), grad_scale, found_inf);
       }
     }
-    cpu::update(on_cpu.data(), static_cast<int64_t>(on_cpu.size()), rules_.data(), torch_threads());
+    cpu::update(on_cpu.data(), static_cast<int64_t>(on_cpu.size()), rules_.data(), static_cast<int64_t>(rules_.size()),
+                torch_threads());
     ++kernel_calls().cuda;
   }
   note_written();

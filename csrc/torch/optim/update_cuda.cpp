@@ -107,6 +107,11 @@ void CudaUpdater::launch(std::vector<cuda::UpdateEntry>& entries, const std::vec
     TORCH_CHECK(n_chunks <= INT32_MAX, "fastopt: an update of ", numel, " elements on ", where,
                 " is more than one launch can take");
     update.n_chunks = static_cast<int32_t>(n_chunks);
+    at::Tensor sums;
+    if (rules[0].n_sums > 0) {
+      sums = at::empty({n_chunks * rules[0].n_sums}, at::TensorOptions(where).dtype(at::kDouble));
+      update.sums = sums.mutable_data_ptr<double>();
+    }
     update.n_entries = static_cast<int32_t>(end - begin);
     update.is_on_device = update.n_entries > cuda::kManyEntries;
     update.entries = update.is_on_device ? upload(entries, where) : &entries[begin];
