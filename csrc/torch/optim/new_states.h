@@ -5,7 +5,7 @@
 #include <ATen/ops/full.h>
 #include <c10/core/DefaultDtype.h>
 
-#include <deque>
+#include <memory>   // unique_ptr
 #include <utility>  // move
 #include <vector>
 
@@ -42,8 +42,8 @@ class NewStates {
     const auto dict = py::reinterpret_borrow<py::object>(found.own_state);
     const auto make_one = [&](int k) {
       if (found.tensors.kept[k]) return;
-      made_.push_back({made(group, *found.tensors.param, k), group.kept_keys[k], dict});
-      found.tensors.kept[k] = &made_.back().tensor;
+      made_.emplace_back(new Made{made(group, *found.tensors.param, k), group.kept_keys[k], dict});
+      found.tensors.kept[k] = &made_.back()->tensor;
     };
     for (int k = group.n_states; k < group.n_kept(); ++k) make_one(k);  // torch's order in the dict
     for (int k = 0; k < group.n_states; ++k) make_one(k);
@@ -51,9 +51,9 @@ class NewStates {
 
   // No Python code runs: nothing can come between the update and its state.
   void keep() {
-    for (Made& made : made_) {
-      const auto tensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made.tensor)));
-      if (!tensor || PyDict_SetItem(made.own_state.ptr(), made.key, tensor.ptr()) != 0) {
+    for (const auto& made : made_) {
+      const auto tensor = py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made->tensor)));
+      if (!tensor || PyDict_SetItem(made->own_state.ptr(), made->key, tensor.ptr()) != 0) {
         throw py::error_already_set();
       }
     }
@@ -94,8 +94,8 @@ class NewStates {
   }
 
   const Optimizer& optimizer_;
-  std::deque<Made> made_;                 // pointers to its elements last
-  std::vector<py::object> without_dict_;  // parameters
+  std::vector<std::unique_ptr<Made>> made_;  // pointers to the tensors last
+  std::vector<py::object> without_dict_;     // parameters
 };
 
 }  // namespace fastopt
