@@ -1,4 +1,4 @@
-"""A rule that needs sums over its tensor first, and writes one more array (csrc/rules/description.h), on both devices."""
+"""A rule that needs sums over its tensor first, and writes one more array, on both devices."""
 
 import subprocess
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastopt
-from loss_helpers import T, X, cross_entropy
+from loss_cases import Options
+from loss_helpers import OPTIONS, T, X, cross_entropy, make_case, shapes
 
 # --- A process group --------------------------------------------------------------------------------------------------
 
@@ -77,6 +78,35 @@ def test_a_process_group_and_inplace_backward_are_refused_together(group):
         with pytest.raises(ValueError, match="inplace_backward must be False with process_group, got True"):
             call()
     torch.testing.assert_close(cross_entropy(X, T, process_group=group), F.cross_entropy(X, T))
+
+
+# --- The operators ----------------------------------------------------------------------------------------------------
+
+
+@shapes
+@pytest.mark.parametrize("options", [*OPTIONS, Options("index", True, 0.1, "class", "sum")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_operators_give_torchs_gradient(logits, options, dtype):
+    x, target, arguments = make_case(logits, options, dtype)
+    reduction = torch.nn._reduction.get_enum(options.reduction)
+    args = (target, arguments["weight"], reduction, arguments["ignore_index"], arguments["label_smoothing"])
+
+    wide = {name: value.double() if torch.is_tensor(value) else value for name, value in arguments.items()}
+    expected_x = x.double().requires_grad_()
+    expected = F.cross_entropy(expected_x, target.double() if target.is_floating_point() else target, **wide)
+    grad_output = torch.linspace(0.5, 1.5, expected.numel(), dtype=torch.float64).reshape(expected.shape)
+    (expected_grad,) = torch.autograd.grad(expected, expected_x, grad_output)
+
+    ops = torch.ops.fastopt
+    loss, grad = ops.cross_entropy_forward(x, *args, True)
+    kept_loss, keeper = ops.cross_entropy_keep(x, *args)
+    grad_output = grad_output.to(dtype)
+    found = (ops.cross_entropy_backward(grad_output, grad, x), ops.cross_entropy_take(grad_output, keeper, x, *args))
+    tolerances = dict(rtol=0, atol=1e-12) if dtype == torch.float64 else dict(rtol=0.01, atol=0.01)
+    for one in (loss, kept_loss):
+        torch.testing.assert_close(one.double(), expected.detach(), equal_nan=True, **tolerances)
+    for one in found:
+        torch.testing.assert_close(one.double(), expected_grad, equal_nan=True, **tolerances)
 
 
 # --- What the operators and scripts refuse ----------------------------------------------------------------------------

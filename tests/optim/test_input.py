@@ -201,3 +201,17 @@ def test_constructors_raise_what_torchs_raise(options, name):
         except Exception as failure:
             outcomes.append((type(failure), str(failure)))
     assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_centered_variance_that_rounds_below_zero_is_zero(dtype):
+    def trained(cls):
+        param = torch.zeros(2000, dtype=dtype)
+        param.grad = torch.linspace(0.1, 3, 2000).to(param)
+        optimizer = cls([param], alpha=0.5, eps=1e-3, centered=True)
+        for _ in range(500):
+            optimizer.step()
+        return param
+
+    assert trained(torch.optim.RMSprop).isnan().any()
+    assert trained(fastopt.RMSprop).isfinite().all()
