@@ -18,11 +18,16 @@ from ._build.commands import BadVariable, BuildError
 PROG = "python -m fastopt"
 
 
-def main(argv=None):
-    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``."""
+def main(argv=None, parser=None, run=None):
+    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``.
+
+    Programs in benchmarks/ have a ``parser`` of their own, and ``run(args, parser)`` in the subcommand's place.
+    """
     prog = PROG
     try:
-        args = _parser().parse_args(argv)
+        if parser is not None:
+            parser.set_defaults(run=run, command_parser=parser)
+        args = (parser or _parser()).parse_args(argv)
         prog = args.command_parser.prog
         try:
             environment.check()

@@ -1,4 +1,4 @@
-"""Cases of the benchmark and rows of the sweep: their names, and the bytes that each must move."""
+"""Cases of the benchmark: their names, and the bytes that each must move."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -8,12 +8,6 @@ import torch
 from . import tables
 
 DTYPES = {torch.float32: "", torch.float64: " f64", torch.bfloat16: " bf16", torch.float16: " f16"}  # in names
-LAYOUTS = {  # with the numbers of dimensions that have them
-    "": (lambda values: values, (2, 3, 4)),
-    "channels_last": (lambda values: values.movedim(1, -1).contiguous().movedim(-1, 1), (3, 4)),
-    "transposed": (lambda values: values.transpose(0, 1).contiguous().transpose(0, 1), (2,)),
-    "rows apart": (lambda values: values.repeat_interleave(2, 0)[::2], (2,)),
-}
 LONG_BYTES = 2e8  # cases that move more take seconds on a CPU
 
 
@@ -74,7 +68,7 @@ class LossCase(Case):
     @property
     def name(self):
         size = f"{self.loss.name.replace('_', '-')} {' x '.join(map(str, self.shape))}{DTYPES[self.dtype]}"
-        return ", ".join([size, *filter(None, [self.trait]), *_shown(self.options)])
+        return ", ".join([size, *filter(None, [self.trait]), *shown(self.options)])
 
     @property
     def target(self):
@@ -97,13 +91,14 @@ class LossCase(Case):
         return [(f"{part} {size} B x {count:,}", size * count) for part, size, count in parts]
 
 
-def _shown(options):
+def shown(options):
     """Options as they stand in a name."""
     short = {"label_smoothing": "smoothing"}
     return [short.get(key, key if value is True else f"{key}={value}") for key, value in options.items()]
 
 
-def _loss_case(loss, shape, dtype, variant, *devices):
+def loss_case(loss, shape, dtype, variant, *devices):
+    """The case of a variant of the tables: a trait or options."""
     trait, options = (variant, {}) if isinstance(variant, str) else ("", variant)
     return LossCase(loss, shape, dtype, trait, options, *devices)
 
@@ -119,44 +114,6 @@ def benchmark_cases(device, only="", quick=False):
     ]
     for loss in tables.LOSSES:
         for devices, dtype, variant, *shapes in loss.timed:
-            cases += [_loss_case(loss, shape, dtype, variant, devices) for shape in shapes]
+            cases += [loss_case(loss, shape, dtype, variant, devices) for shape in shapes]
     named = [case for case in cases if device in case.devices and only.lower() in case.name.lower()]
     return [case for case in named if not quick or device == "cuda" or case.bytes_moved <= LONG_BYTES]
-
-
-def sweep_rows(rng=None, dtypes=tuple(DTYPES)):
-    """All rows of the sweep; with a ``random.Random`` of shapes that it draws."""
-    all_shapes = tables.SWEEP_SHAPES if rng is None else _drawn_shapes(rng)
-    models = tables.SWEEP_MODELS if rng is None else list(_drawn_models(rng))
-    for optimizer in tables.OPTIMIZERS:
-        label = " ".join([optimizer.name, *_shown(optimizer.options)])
-        for model, shapes in models if optimizer.torch_class else ():
-            yield from (OptimizerCase(optimizer, label, model, shapes, dtype) for dtype in dtypes)
-    for loss in tables.LOSSES:
-        for variant in loss.variants:
-            _, n_dims = LAYOUTS.get(str(variant), LAYOUTS[""])
-            for shape in all_shapes:
-                if len(shape) in n_dims:
-                    yield from (_loss_case(loss, shape, dtype, variant) for dtype in dtypes)
-
-
-def _drawn_models(rng):
-    for _ in range(5):
-        n_tensors, n_params = _log_uniform(rng, 1, 400), _log_uniform(rng, 200, 4e6)
-        mean = n_params / n_tensors
-        shapes = tuple((max(1, round(mean * rng.uniform(0.3, 1.7))),) for _ in range(n_tensors))
-        yield f"{n_tensors} tensors, {sum(map(prod, shapes)):,}", shapes
-
-
-def _drawn_shapes(rng):
-    shapes = []
-    while len(shapes) < 14:
-        after = rng.choice([(), (), (), (300,), (128, 128)])
-        shape = (_log_uniform(rng, 1, 4000), _log_uniform(rng, 2, 60000), *(_log_uniform(rng, 1, n) for n in after))
-        if 20 <= prod(shape) <= 6e6:
-            shapes.append(shape)
-    return shapes
-
-
-def _log_uniform(rng, low, high):
-    return round(low * (high / low) ** rng.random())

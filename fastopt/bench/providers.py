@@ -1,7 +1,6 @@
-"""The implementations that are timed: torch's, fastopt's, and those of other libraries where they are installed."""
+"""The implementations that are timed: torch's and fastopt's; ``benchmarks/libraries.py`` adds those of others."""
 
 import functools
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -46,54 +45,10 @@ def _fastopt_step(case, params):
     return case.optimizer.timed(getattr(fastopt, case.optimizer.name), params).step
 
 
-def _library(name, module, devices=("cpu", "cuda"), compiles=False, **classes):
-    """A provider of optimizers: of each its class in ``module``, and the options that make it compute as torch's."""
-
-    def step(case, params):
-        if case.optimizer.name not in classes:
-            raise NotOffered(f"{name} has no {case.optimizer.name}")
-        cls, options = classes[case.optimizer.name]
-        return case.optimizer.timed(getattr(importlib.import_module(module), cls), params, **options).step
-
-    return Provider(name, step, module.split(".")[0], devices, compiles)
-
-
 def _fastopt_loss(case):
     in_place = dict(inplace_backward=True) if case.trait == "in place" else {}
     return functools.partial(getattr(fastopt.functional, case.loss.name), **case.options, **in_place)
 
-
-def _only_rows(case, library):
-    if case.loss.name != "cross_entropy" or case.target != "indices" or len(case.shape) != 2:
-        raise NotOffered(f"{library} takes rows of logits and class indices only")
-
-
-def _liger_loss(case):
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    _only_rows(case, "liger-kernel")
-    return functools.partial(liger_cross_entropy, **case.options)
-
-
-def _flash_attn_loss(case):
-    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-    _only_rows(case, "flash-attn")
-    options = dict(case.options, inplace_backward=case.trait == "in place")
-    return lambda logits, target: cross_entropy_loss(logits, target, **options)[0].mean()
-
-
-def _apex_loss(case):
-    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
-
-    _only_rows(case, "apex")
-    smoothing, ignore_index = case.options.get("label_smoothing", 0.0), -100
-    return lambda logits, target: SoftmaxCrossEntropyLoss.apply(logits, target, smoothing, ignore_index, False).mean()
-
-
-_CUDA = ("cuda",)
-_OPTIMI = dict(kahan_sum=False)
-_OPTIMI_ADAM = dict(kahan_sum=False, betas=(0.9, 0.999), eps=1e-8)
 
 OPTIMIZERS = (
     Provider("torch for-loop", functools.partial(_torch_step, foreach=False)),
@@ -101,26 +56,6 @@ OPTIMIZERS = (
     Provider("torch fused", functools.partial(_torch_step, fused=True)),
     Provider("torch compile", lambda case, params: torch.compile(_torch_step(case, params)), compiles=True),
     Provider("fastopt", _fastopt_step, "fastopt"),
-    _library(
-        "apex",
-        "apex.optimizers",
-        _CUDA,
-        SGD=("FusedSGD", {}),
-        Adam=("FusedAdam", dict(adam_w_mode=False)),
-        AdamW=("FusedAdam", dict(adam_w_mode=True)),
-    ),
-    _library("optimi", "optimi", SGD=("SGD", _OPTIMI), Adam=("Adam", _OPTIMI_ADAM), AdamW=("AdamW", _OPTIMI_ADAM)),
-    # The public classes of torchao quantize their states.
-    _library("torchao", "torchao.optim", compiles=True, Adam=("_AdamW", dict(weight_decay=0.0)), AdamW=("_AdamW", {})),
-    _library(
-        "bitsandbytes", "bitsandbytes.optim", **{name: (name, {}) for name in ("SGD", "RMSprop", "Adam", "AdamW")}
-    ),
-    _library(
-        "DeepSpeed",
-        "deepspeed.ops.adam",
-        ("cpu",),
-        **{name: ("DeepSpeedCPUAdam", dict(adamw_mode=name == "AdamW")) for name in ("Adam", "AdamW")},
-    ),
 )
 
 LOSSES = (
@@ -131,9 +66,6 @@ LOSSES = (
         compiles=True,
     ),
     Provider("fastopt", _fastopt_loss, "fastopt"),
-    Provider("apex", _apex_loss, "apex", _CUDA),
-    Provider("flash-attn", _flash_attn_loss, "flash_attn", _CUDA),
-    Provider("liger-kernel", _liger_loss, "liger_kernel", _CUDA, writes_logits=True),
 )
 
 

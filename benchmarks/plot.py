@@ -1,6 +1,6 @@
 """Draws ratios as a PNG: one bar a case, torch's and its compiler's time over fastopt's."""
 
-from . import machine
+from fastopt.bench import machine
 
 BARS = (
     ("ratio", "fastest torch / fastopt", "#1f77b4"),
