@@ -5,7 +5,7 @@ python benchmarks/libraries.py [the options of python -m fastopt bench]
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import sys
 
 from fastopt import __main__ as fastopt_main
@@ -14,7 +14,10 @@ from fastopt.bench import cli, providers, tables
 
 
 def library(name, module, devices=tables.BOTH, compiles=False, **classes):
-    """A provider of optimizers: of each its class in ``module``, and the options that make it compute as torch's."""
+    """A provider of optimizers, and its package.
+
+    Of each optimizer there is its class in ``module``, and the options that make it compute as torch's.
+    """
 
     def step(case, params):
         if case.optimizer.name not in classes:
@@ -22,7 +25,7 @@ def library(name, module, devices=tables.BOTH, compiles=False, **classes):
         cls, options = classes[case.optimizer.name]
         return case.optimizer.timed(getattr(importlib.import_module(module), cls), params, **options).step
 
-    return providers.Provider(name, step, module.split(".")[0], devices, compiles)
+    return providers.Provider(name, step, devices, compiles), module.split(".")[0]
 
 
 def _only_rows(case, library):
@@ -55,7 +58,7 @@ def _apex_loss(case):
 
 _OPTIMI = dict(kahan_sum=False)
 _OPTIMI_ADAM = dict(kahan_sum=False, betas=(0.9, 0.999), eps=1e-8)
-# Of each name the class in the module, and the options that make it compute as torch's.
+# Each with its package.
 OPTIMIZERS = (
     library(
         "apex",
@@ -77,21 +80,31 @@ OPTIMIZERS = (
     ),
 )
 LOSSES = (
-    providers.Provider("apex", _apex_loss, "apex", tables.CUDA),
-    providers.Provider("flash-attn", _flash_attn_loss, "flash_attn", tables.CUDA),
-    providers.Provider("liger-kernel", _liger_loss, "liger_kernel", tables.CUDA, writes_logits=True),
+    (providers.Provider("apex", _apex_loss, tables.CUDA), "apex"),
+    (providers.Provider("flash-attn", _flash_attn_loss, tables.CUDA), "flash_attn"),
+    (providers.Provider("liger-kernel", _liger_loss, tables.CUDA, writes_logits=True), "liger_kernel"),
 )
 
+
+def is_installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
 # Children of the benchmark import this file too, and so know these providers.
-providers.OPTIMIZERS += OPTIMIZERS
-providers.LOSSES += LOSSES
+providers.OPTIMIZERS += tuple(provider for provider, package in OPTIMIZERS if is_installed(package))
+providers.LOSSES += tuple(provider for provider, package in LOSSES if is_installed(package))
 
 
 def main(argv=None):
     """Time the cases and return the exit status."""
     parser = argparse.ArgumentParser(prog="python benchmarks/libraries.py", epilog=EXIT_STATUS)
     cli.add_arguments(parser)
-    return fastopt_main.main(argv, parser, cli.run)
+    return fastopt_main.main(argv, parser, _run)
+
+
+def _run(args, parser):
+    known = {package for provider, package in (*OPTIMIZERS, *LOSSES) if args.device in provider.devices}
+    return cli.run(args, parser, sorted(package for package in known if not is_installed(package)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class OptimizerCase(Case):
     model: str
     shapes: tuple = field(repr=False)
     dtype: torch.dtype = torch.float32
-    devices: tuple = tables.BOTH
     kind = "optimizer"
 
     @property
@@ -41,16 +40,11 @@ class OptimizerCase(Case):
         return f"{self.label}: {self.model}{DTYPES[self.dtype]}"
 
     @property
-    def array_bytes(self):
-        """Of the parameters, the gradients, or a state."""
-        return sum(map(prod, self.shapes)) * self.dtype.itemsize
-
-    @property
     def terms(self):
-        states, itemsize = " ".join(["", *self.optimizer.states]), self.dtype.itemsize
-        n_arrays = 3 + 2 * len(self.optimizer.states)
-        product = f"{n_arrays} x {itemsize} B x {self.array_bytes // itemsize:,}"
-        return [(f"param grad{states} -> param{states}: {product}", n_arrays * self.array_bytes)]
+        states, itemsize, n_params = self.optimizer.states, self.dtype.itemsize, sum(map(prod, self.shapes))
+        arrays, n_arrays = " ".join(["", *states]), 3 + 2 * len(states)
+        product = f"{n_arrays} x {itemsize} B x {n_params:,}"
+        return [(f"param grad{arrays} -> param{arrays}: {product}", n_arrays * itemsize * n_params)]
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,6 @@ class LossCase(Case):
     dtype: torch.dtype = torch.float32
     trait: str = ""  # a layout, or another that the name shows
     options: dict = field(default_factory=dict)
-    devices: tuple = tables.BOTH
     kind = "loss"
 
     @property
@@ -97,23 +90,19 @@ def shown(options):
     return [short.get(key, key if value is True else f"{key}={value}") for key, value in options.items()]
 
 
-def loss_case(loss, shape, dtype, variant, *devices):
+def loss_case(loss, shape, dtype, variant):
     """The case of a variant of the tables: a trait or options."""
-    trait, options = (variant, {}) if isinstance(variant, str) else ("", variant)
-    return LossCase(loss, shape, dtype, trait, options, *devices)
+    return LossCase(loss, shape, dtype, **({"trait": variant} if isinstance(variant, str) else {"options": variant}))
 
 
 def benchmark_cases(device, only="", quick=False):
     """The cases of ``device`` ("cpu" or "cuda") whose name has ``only``; none that takes seconds if ``quick``."""
-    cases = [
-        OptimizerCase(optimizer, optimizer.label, model, shapes, dtype, devices)
-        for model, shapes, has_bf16 in tables.MODELS
-        for dtype, devices in ((torch.float32, tables.BOTH), (torch.bfloat16, tables.CUDA))[: 1 + has_bf16]
-        for optimizer in tables.OPTIMIZERS
-        if optimizer.label
-    ]
+    cases = []
+    for model, shapes, has_bf16 in tables.MODELS:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 + (has_bf16 and device == "cuda")]:
+            cases += [OptimizerCase(row, row.label, model, shapes, dtype) for row in tables.OPTIMIZERS if row.label]
     for loss in tables.LOSSES:
         for devices, dtype, variant, *shapes in loss.timed:
-            cases += [loss_case(loss, shape, dtype, variant, devices) for shape in shapes]
-    named = [case for case in cases if device in case.devices and only.lower() in case.name.lower()]
+            cases += [loss_case(loss, shape, dtype, variant) for shape in shapes if device in devices]
+    named = [case for case in cases if only.lower() in case.name.lower()]
     return [case for case in named if not quick or device == "cuda" or case.bytes_moved <= LONG_BYTES]

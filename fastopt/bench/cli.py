@@ -10,9 +10,8 @@ import torch
 import fastopt
 
 from .._arguments import at_least, new_file
-from . import machine, providers, report, runner
+from . import machine, report, runner
 from .cases import benchmark_cases
-from .worker import Settings
 
 DESCRIPTION = """\
 Time fastopt beside torch's own implementations and torch.compile. Each result is checked before it is timed; each case
@@ -38,8 +37,8 @@ def add_arguments(parser):
     add("--json", type=new_file, metavar="FILE", help="write all numbers, after every case")
 
 
-def run(args, parser):
-    """Time the cases that ``args`` choose and return the exit status."""
+def run(args, parser, not_installed=()):
+    """Time the cases that ``args`` choose and return the exit status; ``not_installed``: packages to be named."""
     cases = benchmark_cases(args.device, args.only, args.quick)
     if not cases:
         parser.error(f"argument --only: must be part of a case's name (see --list), got {args.only!r}")
@@ -53,20 +52,22 @@ def run(args, parser):
         parser.error("argument --device: torch sees no CUDA device")
     compiled = args.compile or ("none" if args.quick else "loss")
     n_threads = args.threads or torch.get_num_threads()
-    settings = Settings(args.device, n_threads, args.rounds, args.quick, compiled, args.timeout, args.cold)
+    settings = runner.Settings(args.device, n_threads, args.rounds, args.quick, compiled, args.timeout, args.cold)
     one_row = torch.zeros(1, 2, device=args.device), torch.zeros(1, dtype=torch.int64, device=args.device)
     fastopt.CrossEntropyLoss()(*one_row)  # builds the kernels if need be
-    described, missing = machine.describe(args.device, n_threads), providers.not_installed(args.device)
+    described = machine.describe(args.device, n_threads)
     print(machine.one_line(described))
     if (described["load"] or 0) > 0.5 * os.cpu_count():
         busy = f"this machine is busy (load {described['load']:.1f} on {os.cpu_count()} CPUs): times will tell little"
         print(busy, file=sys.stderr)
-    print(f"not installed: {', '.join(missing) or 'none'}\n\n  {report.COLUMNS}", flush=True)
+    if not_installed:
+        print(f"not installed: {', '.join(not_installed)}")
+    print(f"\n  {report.COLUMNS}", flush=True)
     command, results = shlex.join([*parser.prog.split(), *_arguments(args)]), []
     for case in cases:
         results.append(runner.run(case, settings))
         print("\n".join(report.lines(results[-1])), flush=True)
-        reported = report.to_dict(described, command, dataclasses.asdict(settings), missing, results)
+        reported = report.to_dict(described, command, dataclasses.asdict(settings), list(not_installed), results)
         if args.json:
             try:
                 report.write_json(args.json, reported)

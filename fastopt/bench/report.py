@@ -50,14 +50,9 @@ def lines(result):
 
 
 def to_dict(described, command, settings, missing, results):
-    return {
-        "schema": SCHEMA,
-        "machine": described,
-        "command": command,
-        "settings": settings,
-        "not_installed": missing,
-        "results": [{**result, **summarize(result)} for result in results],
-    }
+    """The whole of the JSON."""
+    run = {"schema": SCHEMA, "machine": described, "command": command, "settings": settings, "not_installed": missing}
+    return run | {"results": [{**result, **summarize(result)} for result in results]}
 
 
 def write_json(file, reported):

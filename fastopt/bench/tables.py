@@ -27,12 +27,11 @@ class Optimizer:
     label: str = ""
     demo_lr: float | None = None  # the demo trains those that have one, by their label in lower case
     timed_options: dict = field(default_factory=dict)  # further ones where it is timed; names do not show them
-    plain_torch: type | None = None  # in the place of torch's class where torch.optim has none of that name
 
     @property
     def torch_class(self):
         """None if there is nothing in torch to time or train beside it."""
-        return self.plain_torch or getattr(torch.optim, self.name, None)
+        return getattr(torch.optim, self.name, None)
 
     @property
     def reference_class(self):

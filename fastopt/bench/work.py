@@ -36,7 +36,7 @@ class OptimizerWork:
             [torch.randn(shape, **random).mul_(0.1).to(case.dtype) for shape in case.shapes] for _ in range(2)
         )
         # Bytes that each provider holds beside the inputs, at most.
-        self.bytes_each = (2 + len(case.optimizer.states)) * case.array_bytes
+        self.bytes_each = (2 + len(case.optimizer.states)) * sum(param.nbytes for param in self.params)
 
     def _new_params(self, dtype):
         params = [torch.nn.Parameter(param.to(dtype, copy=True)) for param in self.params]

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import fastopt
 from bench_cases import SMALL_LOSSES, faulty_loss, is_right
-from fastopt.bench import measure, providers, report, runner, tables, work, worker
+from fastopt.bench import measure, providers, report, runner, tables, work
 from fastopt.bench.cases import benchmark_cases
 from fastopt.bench.providers import NotOffered, Provider
-from fastopt.bench.worker import Settings
+from fastopt.bench.runner import Settings
 
 EVERY = {case.name: case for device in ("cpu", "cuda") for case in benchmark_cases(device)}
 
@@ -68,18 +68,16 @@ class PlainLion(torch.optim.Optimizer):
                 param.sub_(group["lr"] * group["scale"] * exp_avg.sign())
 
 
-@pytest.mark.parametrize("plain_torch", [PlainLion, None])
-def test_optimizer_that_torch_lacks_is_one_row(plain_torch, short_stretches, monkeypatch):
-    monkeypatch.setattr(fastopt, "Lion", PlainLion, raising=False)
-    row = tables.Optimizer("Lion", dict(scale=0.5), "Lion", plain_torch=plain_torch)
+def test_optimizer_that_torch_lacks_is_one_row(short_stretches, monkeypatch):
+    monkeypatch.setattr(fastopt, "Lion", PlainLion)
+    row = tables.Optimizer("Lion", dict(scale=0.5), "Lion")
     monkeypatch.setattr(tables, "OPTIMIZERS", (row,))
     found = benchmark_cases("cpu", "Lion")
     assert [case.name for case in found] == [f"Lion: {model}" for model, *_ in tables.MODELS]
     assert found[0].bytes_moved == 5 * 4 * 44_426  # read p g m, write p m
-    table = [provider for provider in providers.OPTIMIZERS if provider.package in ("torch", "fastopt")]
-    entries, _ = worker.times(found[0], Settings(n_rounds=2), [p for p in table if not p.compiles])
+    entries, _ = runner.times(found[0], Settings(n_rounds=2), [p for p in providers.OPTIMIZERS if not p.compiles])
     assert {name: entry.get("reason") for name, entry in entries.items()} == {
-        "torch for-loop": None if plain_torch else "torch has no Lion",
+        "torch for-loop": "torch has no Lion",
         "torch foreach": "torch has no foreach Lion",
         "torch fused": "torch has no fused Lion",
         "fastopt": None,
@@ -95,7 +93,7 @@ def test_pointwise_loss_is_one_row(monkeypatch):
     assert case.name == "l1-loss 64 x 10"
     assert case.working == "read input 4 B x 640 + read values 4 B x 640 + write gradient 4 B x 640 = 7,680 B"
     for provider in providers.LOSSES:
-        if provider.package in ("torch", "fastopt") and not provider.compiles:
+        if not provider.compiles:
             ready = work.prepare(case, "cpu")
             assert is_right(ready, ready.start(provider))
             assert not is_right(ready, ready.start(faulty_loss(lambda loss: loss * 1.001)))
@@ -125,7 +123,7 @@ def test_raising_and_wrong_providers_are_reported_and_right_ones_timed(short_str
         faulty_loss(lambda loss: 2 * loss),
         Provider("nan", faulty_loss(lambda loss: loss * math.nan).make),
     ]
-    entries, n_rounds = worker.times(SMALL_LOSSES[0], Settings(n_rounds=2), table)
+    entries, n_rounds = runner.times(SMALL_LOSSES[0], Settings(n_rounds=2), table)
     assert n_rounds == 2
     assert {name: entry["status"] for name, entry in entries.items()} == {
         "torch": "timed",
@@ -150,7 +148,7 @@ def test_provider_that_crashes_is_reported_and_the_others_are_run_again(monkeypa
         return (None, "b", "its process ended with status -11") if "b" in names else ("outcome", None, None)
 
     monkeypatch.setattr(runner, "_one_child", one_child)
-    outcome, lost = runner._in_child(SMALL_LOSSES[0], Settings(), ["a", "b", "c"], worker.times)
+    outcome, lost = runner._in_child(SMALL_LOSSES[0], Settings(), ["a", "b", "c"], runner.times)
     assert (outcome, lost) == ("outcome", {"b": "its process ended with status -11"})
     assert asked == [["a", "b", "c"], ["a", "c"]]
 
@@ -183,5 +181,5 @@ def test_compiled_providers_are_timed_in_a_process_of_their_own_beside_fastopt(m
 
 
 def test_children_that_take_too_long_are_stopped():
-    outcome, _, reason = runner._one_child(SMALL_LOSSES[0], Settings(timeout_s=0.0), ["torch"], worker.times)
+    outcome, _, reason = runner._one_child(SMALL_LOSSES[0], Settings(timeout_s=0.0), ["torch"], runner.times)
     assert (outcome, reason) == (None, "no result in 0 s")

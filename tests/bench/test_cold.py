@@ -6,7 +6,7 @@ import torch
 import table
 from bench_results import entry, reported
 from fastopt.__main__ import main
-from fastopt.bench import machine, measure, providers, report, tables, worker
+from fastopt.bench import machine, measure, providers, report, runner, tables
 from fastopt.bench.cases import LossCase
 
 
@@ -61,7 +61,7 @@ def test_last_cache_is_the_largest_that_the_system_reports(sizes, n_bytes, tmp_p
 def test_cold_calls_are_timed_for_every_provider_and_the_copy_if_asked_for(is_cold, small_caches, monkeypatch):
     monkeypatch.setattr(measure, "STRETCH_S", 1e-4)
     case, offered = LossCase(tables.LOSSES[0], (7, 10)), [p for p in providers.LOSSES if not p.compiles][:2]
-    entries, _ = worker.times(case, worker.Settings(n_rounds=3, is_cold=is_cold), offered)
+    entries, _ = runner.times(case, runner.Settings(n_rounds=3, is_cold=is_cold), offered)
     assert list(entries) == ["torch", "fastopt", "copy"]
     for its in entries.values():
         assert ("cold_median_us" in its) == is_cold

@@ -139,7 +139,7 @@ def test_step_that_changes_few_parameters_is_not_timed(share, monkeypatch):
         n = round(share * params[0].numel())
         return lambda: params[0].data.view(-1)[:n].add_(1)
 
-    ours = providers.Provider("fastopt", loop.make, "fastopt")
+    ours = providers.Provider("fastopt", loop.make)
     monkeypatch.setattr(providers, "OPTIMIZERS", (loop, providers.Provider("torch partly", partly), ours))
     row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD", "small", ((10, 10),))
     assert list(sweep.calls_of(row)) == ["torch for-loop", *["torch partly"] * (share == 1), "fastopt"]
