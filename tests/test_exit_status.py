@@ -285,11 +285,11 @@ def test_learning_rate_beyond_float32_is_refused(capsys):
 
 def test_failed_download_of_digits_exits_with_3(monkeypatch, capsys):
     def no_network(*arguments, **options):
-        raise data.DownloadError("--download: torchvision could not fetch MNIST")
+        raise data.DownloadError("--download: MNIST could not be fetched")
 
     monkeypatch.setattr(data, "load", no_network)
     assert main([*DEMO, "--download"]) == 3
-    assert "could not fetch" in capsys.readouterr().err
+    assert "could not be fetched" in capsys.readouterr().err
 
 
 # Help.
