@@ -57,7 +57,9 @@ def sweep_rows(rng=None, dtypes=tuple(cases.DTYPES)):
     for optimizer in tables.OPTIMIZERS:
         label = " ".join([optimizer.name, *cases.shown(optimizer.options)])
         for model, shapes in models if optimizer.torch_class else ():
-            yield from (cases.OptimizerCase(optimizer, label, model, shapes, dtype) for dtype in dtypes)
+            for dtype, suffix in cases.DTYPES.items():
+                if dtype in dtypes:
+                    yield cases.OptimizerCase(optimizer, f"{label}: {model}{suffix}", shapes, dtype)
     for loss in tables.LOSSES:
         for variant in loss.variants:
             n_dims = LAYOUT_DIMS.get(str(variant), (2, 3, 4))

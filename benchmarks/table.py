@@ -16,7 +16,7 @@ import plot
 from fastopt import __main__ as fastopt_main
 from fastopt._arguments import EXIT_STATUS, new_file
 from fastopt.bench import machine
-from fastopt.bench.report import SCHEMA, megabytes, number, spread, timed, us
+from fastopt.bench.report import SCHEMA, megabytes, spread, timed, us
 
 BEGIN, END = MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -83,8 +83,8 @@ def _row(result):
         "p10-p90": spread(ours) if is_timed else "-",
         "ratio": _ratio(result["ratio"]),
         "cold": cold,
-        "to compile": number(result["ratio_to_compile"], ".1f", "x"),
-        "of copy": number(result["of_copy"], ".2f"),
+        "to compile": _number(result["ratio_to_compile"], ".1f", "x"),
+        "of copy": _number(result["of_copy"], ".2f"),
         "host, us: torch, fastopt": None if hosts == ["-", "-"] else ", ".join(hosts),
         "extra MB: torch, fastopt": f"{megabytes(stock)}, {megabytes(ours)}",
     }
@@ -115,6 +115,10 @@ def rewrite_between_markers(text, block, markers=MARKERS):
     if not has_begin or not has_end or begin in rest or end in after:
         raise ValueError(f"must hold {begin} and after it {end}, once each")
     return f"{before}{begin}\n{block}\n{end}{after}"
+
+
+def _number(value, form, unit=""):
+    return "-" if value is None else f"{value:{form}}{unit}"
 
 
 def _ratio(value):

@@ -29,15 +29,10 @@ class OptimizerCase(Case):
     """One step over the tensors of a model whose gradients are there."""
 
     optimizer: tables.Optimizer
-    label: str
-    model: str
+    name: str
     shapes: tuple = field(repr=False)
     dtype: torch.dtype = torch.float32
     kind = "optimizer"
-
-    @property
-    def name(self):
-        return f"{self.label}: {self.model}{DTYPES[self.dtype]}"
 
     @property
     def terms(self):
@@ -100,7 +95,9 @@ def benchmark_cases(device, only="", quick=False):
     cases = []
     for model, shapes, has_bf16 in tables.MODELS:
         for dtype in (torch.float32, torch.bfloat16)[: 1 + (has_bf16 and device == "cuda")]:
-            cases += [OptimizerCase(row, row.label, model, shapes, dtype) for row in tables.OPTIMIZERS if row.label]
+            name = f"{model}{DTYPES[dtype]}"
+            labelled = [row for row in tables.OPTIMIZERS if row.label]
+            cases += [OptimizerCase(row, f"{row.label}: {name}", shapes, dtype) for row in labelled]
     for loss in tables.LOSSES:
         for devices, dtype, variant, *shapes in loss.timed:
             cases += [loss_case(loss, shape, dtype, variant) for shape in shapes if device in devices]

@@ -62,12 +62,8 @@ def write_json(file, reported):
     draft.replace(file)
 
 
-def number(value, form, unit=""):
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
 def us(value):
-    return number(value, ",.1f")
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def spread(entry):
@@ -76,4 +72,4 @@ def spread(entry):
 
 def megabytes(entry):
     n_bytes = entry.get("extra_bytes")
-    return number(n_bytes and n_bytes / 1e6, ",.1f")
+    return us(n_bytes and n_bytes / 1e6)

@@ -71,7 +71,7 @@ def _times(case, settings, names):
     """An entry of each provider, and the number of rounds."""
     outcome, lost = _in_child(case, settings, names, times)
     entries, n_rounds = outcome or ({}, 0)
-    return {name: _not_run(name, lost.get(name) or lost.get(None)) for name in names} | entries, n_rounds
+    return lost | entries, n_rounds
 
 
 def _not_run(name, reason):
@@ -79,20 +79,14 @@ def _not_run(name, reason):
 
 
 def _in_child(case, settings, names, measured):
-    """``measured`` in a fresh process, and again without a provider that made the process end.
-
-    Returns:
-        (outcome or None, reasons): why each lost provider did not run; under None why nothing did.
-    """
+    """(outcome, entries of the lost): ``measured`` in a fresh process, again without a provider that made it end."""
     lost = {}
     while names:
         outcome, at, reason = _one_child(case, settings, names, measured)
         if outcome is not None:
             return outcome, lost
-        lost[at] = reason
-        if at not in names:
-            break
-        names = [name for name in names if name != at]
+        lost |= {name: _not_run(name, reason) for name in names if at in (name, None)}
+        names = [name for name in names if name not in lost]
     return None, lost
 
 
@@ -155,11 +149,7 @@ def _run_child(connection, case, settings, names, measured):
 
 
 def times(case, settings, providers, announce=lambda name: None):
-    """Check every provider, then time those that are right beside a plain copy.
-
-    Returns:
-        (entries, n_rounds): entries is a dict of each provider's name and of "copy".
-    """
+    """(entries by name, n_rounds): check every provider, then time those that are right beside a plain copy."""
     ready, on_cuda = work.prepare(case, settings.device), settings.device == "cuda"
     entries, started = {}, {}
     for provider in providers:

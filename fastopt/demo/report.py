@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 
+import numpy as np
 import torch
 
 import fastopt
@@ -163,8 +164,5 @@ def save_picture(file, config, comparisons):
 
 def _smooth(losses):
     """Exponential moving average, its start not biased towards zero."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for loss in losses:
-        total, weight = SMOOTHING * total + loss, SMOOTHING * weight + 1
-        smoothed.append(total / weight)
-    return smoothed
+    weights = SMOOTHING ** np.arange(len(losses))
+    return np.convolve(losses, weights)[: len(losses)] / np.cumsum(weights)

@@ -141,7 +141,7 @@ def test_step_that_changes_few_parameters_is_not_timed(share, monkeypatch):
 
     ours = providers.Provider("fastopt", loop.make)
     monkeypatch.setattr(providers, "OPTIMIZERS", (loop, providers.Provider("torch partly", partly), ours))
-    row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD", "small", ((10, 10),))
+    row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD: small", ((10, 10),))
     assert list(sweep.calls_of(row)) == ["torch for-loop", *["torch partly"] * (share == 1), "fastopt"]
 
 

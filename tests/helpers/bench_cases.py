@@ -9,7 +9,7 @@ from fastopt.bench.cases import LossCase, OptimizerCase
 from fastopt.bench.providers import Provider
 
 SHAPES = ((3, 5), (1,), (129,))
-SMALL_STEPS = [OptimizerCase(row, row.label, "small", SHAPES) for row in tables.OPTIMIZERS if row.label]
+SMALL_STEPS = [OptimizerCase(row, row.label, SHAPES) for row in tables.OPTIMIZERS if row.label]
 (CROSS_ENTROPY,) = tables.LOSSES
 SMALL_LOSSES = [
     LossCase(CROSS_ENTROPY, (7, 10)),
