@@ -100,9 +100,8 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
     if accuracy > allowed and not diverged:
         reasons.append(f"test accuracies differ by {accuracy:.2f} points, {allowed:.2f} allowed")
     differences = [abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)]
-    figures = (
-        float(np.max(errors)) for errors in (shadow.loss_errors, shadow.update_errors, differences)
-    )  # NaN if any
+    # The largest; NaN if any is NaN.
+    figures = (float(np.max(errors)) for errors in (shadow.loss_errors, shadow.update_errors, differences))
     return Verdict(not reasons, diverged, tuple(reasons), *figures, end, accuracy)
 
 

@@ -108,7 +108,7 @@ def to_json(config, digits, comparisons, info):
         "fastopt": info,
         "criterion": parity.CRITERION,
         "parity": all(outcome.parity.ok for outcome in comparisons),
-        "results": [dataclasses.asdict(outcome) for outcome in comparisons],
+        "results": [vars(outcome) | {"parity": dataclasses.asdict(outcome.parity)} for outcome in comparisons],
     }
     finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
     return json.dumps(finite, indent=1)

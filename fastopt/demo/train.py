@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -68,24 +69,11 @@ class Side:
         return dict(losses=self.losses, times_ms=self.times_ms, median_ms=median_ms, accuracy_percent=accuracy)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The outcome for one optimizer; ``torch`` and ``fastopt`` hold losses, times and accuracies."""
-
-    optimizer: str
-    arguments: dict
-    stock_implementation: str
-    torch: dict
-    fastopt: dict
-    speedup: dict
-    parity: parity.Verdict
-
-
 def compare(name, config, digits, progress=lambda: None):
     """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`; of all processes, if there are several.
 
     In the first steps fastopt also shadows torch, to separate errors from rounding: see :mod:`fastopt.demo.parity`.
-    ``progress`` is called after every step.
+    ``progress`` is called after every step. In the outcome ``torch`` and ``fastopt`` hold losses, times and accuracies.
     """
     row, device = OPTIMIZERS[name], torch.device(config.device)
     arguments = {"lr": row.demo_lr if config.lr is None else config.lr, **row.options}
@@ -123,12 +111,17 @@ def compare(name, config, digits, progress=lambda: None):
     for errors in (shadow.loss_errors, shadow.update_errors):
         errors[:] = np.max(processes.gathered(errors), axis=0).tolist()
 
-    outcomes = [each.outcome(digits, device) for each in (theirs, ours)]
-    accuracies = [outcome["accuracy_percent"] for outcome in outcomes]
-    theirs_ms, ours_ms = (outcome["median_ms"] for outcome in outcomes)
-    speedup = {part: theirs_ms[part] / ours_ms[part] for part in theirs_ms}
-    verdict = parity.judge(shadow, theirs.losses, ours.losses, *accuracies)
-    return Comparison(name, arguments, stock_implementation, *outcomes, speedup, verdict)
+    outcomes = {"torch": theirs.outcome(digits, device), "fastopt": ours.outcome(digits, device)}
+    theirs_ms, ours_ms = (outcome["median_ms"] for outcome in outcomes.values())
+    accuracies = (outcome["accuracy_percent"] for outcome in outcomes.values())
+    return SimpleNamespace(
+        optimizer=name,
+        arguments=arguments,
+        stock_implementation=stock_implementation,
+        **outcomes,
+        speedup={part: theirs_ms[part] / ours_ms[part] for part in theirs_ms},
+        parity=parity.judge(shadow, theirs.losses, ours.losses, *accuracies),
+    )
 
 
 def accuracy_percent(model, digits, device):
