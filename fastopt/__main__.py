@@ -120,7 +120,7 @@ def _build(args, parser):
 # Each subcommand: the function that adds its arguments, the one that runs it, and its line of help.
 COMMANDS = {
     "demo": (*_cli("demo"), "train a CNN with stock torch and with fastopt, side by side"),
-    "bench": (*_cli("bench"), "time fastopt beside torch and other libraries"),
+    "bench": (*_cli("bench"), "time fastopt beside torch"),
     "info": (_info_arguments, _info, "report which kernels run here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }

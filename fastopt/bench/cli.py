@@ -63,7 +63,7 @@ def run(args, parser, not_installed=()):
     if not_installed:
         print(f"not installed: {', '.join(not_installed)}")
     print(f"\n  {report.COLUMNS}", flush=True)
-    command, results = shlex.join([*parser.prog.split(), *_arguments(args)]), []
+    command, results = shlex.join([*parser.prog.split(), *_arguments(args, parser)]), []
     for case in cases:
         results.append(runner.run(case, settings))
         print("\n".join(report.lines(results[-1])), flush=True)
@@ -77,11 +77,9 @@ def run(args, parser, not_installed=()):
     return 3 if "not run" in ours else 1 if "wrong" in ours else 0
 
 
-def _arguments(args):
+def _arguments(args, parser):
     """The arguments that change the results, as they would be given again."""
     for name in ("device", "quick", "only", "threads", "rounds", "compile", "cold"):
         value = getattr(args, name)
-        if value is True:
-            yield f"--{name}"
-        elif value and (name, value) != ("device", "cpu"):
-            yield from (f"--{name}", str(value))
+        if value != parser.get_default(name):
+            yield from [f"--{name}"] if value is True else [f"--{name}", str(value)]
