@@ -67,11 +67,11 @@ for tool in memcheck racecheck; do
   fi
 done
 
-stage bench 600 "$python" -m fastopt bench --device cuda --quick --compile loss --json "$folder/bench.json" --timeout 90
+stage bench 600 "$python" benchmarks/libraries.py --device cuda --quick --compile loss --json "$folder/bench.json" --timeout 90
 if [[ -s $folder/bench.json ]]; then  # of the cases that were run, if not all were
   deadline=$((deadline + 15))
-  stage picture 15 "$python" -m fastopt bench table "$folder/bench.json" --png "$folder/bench.png"
-  "$python" -m fastopt bench table "$folder/bench.json" >"$folder/bench.md"
+  stage picture 15 "$python" benchmarks/table.py "$folder/bench.json" --png "$folder/bench.png"
+  "$python" benchmarks/table.py "$folder/bench.json" >"$folder/bench.md"
 fi
 
 printf '\n=== summary, %s\n' "$folder"

@@ -1,13 +1,13 @@
-"""Draws the README's picture: some cases of a run of ``python -m fastopt bench``, by its own command.
+"""Draws the README's picture: some cases of a run of ``python -m fastopt bench``.
 
 python benchmarks/picture.py [RESULTS.json] [PICTURE.png]
 """
 
-import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+import plot
+from table import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/2026-11-27-h100.json"
@@ -25,14 +25,9 @@ CASES = (
 
 
 def main(results=RESULTS, picture=PICTURE):
-    run = json.loads(Path(results).read_text(encoding="utf-8"))
-    run["results"] = [result for result in run["results"] if result["name"] in CASES]
-    with tempfile.TemporaryDirectory() as folder:
-        chosen = Path(folder, "chosen.json")
-        chosen.write_text(json.dumps(run), encoding="utf-8")
-        command = [sys.executable, "-m", "fastopt", "bench", "table", str(chosen), "--png", str(picture)]
-        return subprocess.run(command).returncode
+    run = read_json(results)
+    plot.save(picture, run | {"results": [result for result in run["results"] if result["name"] in CASES]})
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

@@ -21,7 +21,8 @@ from torch import nn
 
 import fastopt
 from fastopt._arguments import at_least, non_negative
-from fastopt.bench import cli, machine, measure, report
+from fastopt.bench import machine, measure
+from table import readme_with, rewrite_between_markers
 
 MARKERS = "<!-- programs:begin -->", "<!-- programs:end -->"
 PARTS = "forward + loss", "backward", "clip", "step", "zero"
@@ -214,7 +215,7 @@ def main(argv=None):
         "--seconds", type=non_negative, default=8.0, metavar="S", help="for each program; default: %(default)s"
     )
     parser.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="default: %(default)s")
-    readme = functools.partial(cli.readme_with, MARKERS)
+    readme = functools.partial(readme_with, MARKERS)
     parser.add_argument("--readme", type=readme, metavar="FILE", help=f"rewrite what is after {MARKERS[0]}")
     args = parser.parse_args(argv)
     programs = [program for program in PROGRAMS if not args.only or any(name in program.name for name in args.only)]
@@ -237,7 +238,7 @@ def main(argv=None):
         command = shlex.join(["python", "benchmarks/programs.py", *args.only, "--seconds", f"{args.seconds:g}"])
         block = f"{described}. `{command}`\n\n" + "\n".join(lines)
         text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(report.rewrite_between_markers(text, block, MARKERS), encoding="utf-8")
+        args.readme.write_text(rewrite_between_markers(text, block, MARKERS), encoding="utf-8")
     return status
 
 

@@ -18,11 +18,16 @@ from ._build.commands import BadVariable, BuildError
 PROG = "python -m fastopt"
 
 
-def main(argv=None):
-    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``."""
+def main(argv=None, parser=None, run=None):
+    """Run one subcommand and return its exit status, one of those in ``EXIT_STATUS``.
+
+    Programs in benchmarks/ have a ``parser`` of their own, and ``run(args, parser)`` in the subcommand's place.
+    """
     prog = PROG
     try:
-        args = _parser().parse_args(argv)
+        if parser is not None:
+            parser.set_defaults(run=run, command_parser=parser)
+        args = (parser or _parser()).parse_args(argv)
         prog = args.command_parser.prog
         try:
             environment.check()
@@ -115,7 +120,7 @@ def _build(args, parser):
 # Each subcommand: the function that adds its arguments, the one that runs it, and its line of help.
 COMMANDS = {
     "demo": (*_cli("demo"), "train a CNN with stock torch and with fastopt, side by side"),
-    "bench": (*_cli("bench"), "time fastopt beside torch and other libraries"),
+    "bench": (*_cli("bench"), "time fastopt beside torch"),
     "info": (_info_arguments, _info, "report which kernels run here, and why"),
     "build": (_build_arguments, _build, "compile the kernels now instead of on first use"),
 }

@@ -105,7 +105,7 @@ def test_variable_of_the_data_is_named(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything can be written here")
-@pytest.mark.parametrize("command_line", [[*DEMO, "--json"], [*DEMO, "--png"], [*BENCH, "--json"], [*BENCH, "--png"]])
+@pytest.mark.parametrize("command_line", [[*DEMO, "--json"], [*DEMO, "--png"], [*BENCH, "--json"]])
 def test_file_that_cannot_be_written_is_bad_input(command_line, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o555)
     with pytest.raises(SystemExit) as exited:
@@ -285,17 +285,17 @@ def test_learning_rate_beyond_float32_is_refused(capsys):
 
 def test_failed_download_of_digits_exits_with_3(monkeypatch, capsys):
     def no_network(*arguments, **options):
-        raise data.DownloadError("--download: torchvision could not fetch MNIST")
+        raise data.DownloadError("--download: MNIST could not be fetched")
 
     monkeypatch.setattr(data, "load", no_network)
     assert main([*DEMO, "--download"]) == 3
-    assert "could not fetch" in capsys.readouterr().err
+    assert "could not be fetched" in capsys.readouterr().err
 
 
 # Help.
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["bench", "compare"], ["bench", "table"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_states_the_meaning_of_exit_statuses(command, capsys):
     with pytest.raises(SystemExit) as exited:
         main([*command, "--help"])

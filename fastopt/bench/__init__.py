@@ -1,1 +1,1 @@
-"""``python -m fastopt bench``: fastopt beside torch and other libraries, each checked before it is timed."""
+"""``python -m fastopt bench``: fastopt beside torch, each result checked before it is timed."""

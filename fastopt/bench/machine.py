@@ -30,22 +30,17 @@ def describe(device, n_threads):
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
-        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
         "fastopt": {name: value for name, value in fastopt.info().items() if name not in _PATHS},
     }
 
 
-def short_name(machine):
-    gpu = machine["gpu"]
-    return gpu["name"] if gpu else f"{machine['processor']}, {machine['threads']} threads"
-
-
 def one_line(machine):
     """The parts of a description that a reader asks for first."""
-    driver = f" driver {machine['gpu']['driver']}" if machine["gpu"] else ""
-    commit = f" at {machine['commit']}" if machine["commit"] else ""
-    ours = f"fastopt {machine['fastopt']['version']} ({machine['fastopt']['backend']}){commit}"
-    return f"{short_name(machine)}{driver}; torch {machine['torch']}, Python {machine['python']}, {ours}"
+    gpu, ours, commit = machine["gpu"], machine["fastopt"], machine["commit"]
+    chip = f"{gpu['name']} driver {gpu['driver']}" if gpu else f"{machine['processor']}, {machine['threads']} threads"
+    versions = f"torch {machine['torch']}, Python {machine['python']}, fastopt {ours['version']} ({ours['backend']})"
+    return f"{chip}; {versions}{f' at {commit}' if commit else ''}"
 
 
 def processor():
@@ -67,15 +62,15 @@ def _caches():
 
 
 def _gpu():
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    properties, query = torch.cuda.get_device_properties(torch.cuda.current_device()), "--query-gpu="
     return {
         "name": properties.name,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
-        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "clocks": _first_line("nvidia-smi", "--query-gpu=clocks.max.sm,clocks.max.memory", "--format=csv,noheader"),
+        "driver": _output("nvidia-smi", f"{query}driver_version", "--format=csv,noheader"),
+        "clocks": _output("nvidia-smi", f"{query}clocks.max.sm,clocks.max.memory", "--format=csv,noheader"),
     }
 
 
@@ -86,10 +81,9 @@ def _read(file):
         return None
 
 
-def _first_line(*command):
+def _output(*command):
+    """The first line that a program prints."""
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
         return None
-    lines = ran.stdout.strip().splitlines()
-    return lines[0] if ran.returncode == 0 and lines else None

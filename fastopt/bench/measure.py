@@ -52,8 +52,7 @@ class ColdClock:
     """Times single calls, each after the caches were overwritten: nothing that it reads is found there."""
 
     def __init__(self):
-        n_bytes = 5 * (machine.last_cache_bytes() or UNKNOWN_CACHE_BYTES) // 4
-        n_free = available_bytes("cpu")
+        n_bytes, n_free = 5 * (machine.last_cache_bytes() or UNKNOWN_CACHE_BYTES) // 4, available_bytes("cpu")
         self._flush = torch.zeros(n_bytes if n_free is None else min(n_bytes, n_free // 4), dtype=torch.uint8)
 
     def n_calls(self, _call):
@@ -98,14 +97,10 @@ class CudaClock:
 
 
 def interleaved(calls, clock, n_rounds=None, budget_s=4.0):
-    """Times of several calls that take turns; every other round in reverse.
+    """Times of the ``calls``, by name, that take turns; every other round in reverse.
 
-    Args:
-        calls: call of each name.
-        n_rounds: how many, or None for as many as ``budget_s`` has time for, within limits.
-
-    Returns:
-        Of each name a list of (seconds, host seconds or None), one a round.
+    There are ``n_rounds``, or as many as ``budget_s`` has time for, within limits. Of each name and round
+    (seconds, host seconds or None).
     """
     n_calls = {name: clock.n_calls(call) for name, call in calls.items()}
     times, start = {name: [] for name in calls}, time.perf_counter()
@@ -147,13 +142,11 @@ def peak_extra_bytes(started, device):
         started.call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    try:
+    with contextlib.suppress(OSError, KeyError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = _kibibytes("/proc/self/status", "VmRSS")
+        before = _bytes("/proc/self/status", "VmRSS")
         started.call()
-        return 1024 * max(0, _kibibytes("/proc/self/status", "VmHWM") - before)
-    except (OSError, KeyError):
-        return None
+        return max(0, _bytes("/proc/self/status", "VmHWM") - before)
 
 
 def return_memory_at_once():
@@ -168,11 +161,9 @@ def available_bytes(device):
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
-    try:
-        return 1024 * _kibibytes("/proc/meminfo", "MemAvailable")
-    except (OSError, KeyError):
-        return None
+    with contextlib.suppress(OSError, KeyError):
+        return _bytes("/proc/meminfo", "MemAvailable")
 
 
-def _kibibytes(file, field):
-    return int(dict(line.split(":", 1) for line in Path(file).read_text().splitlines())[field].split()[0])
+def _bytes(file, field):
+    return 1024 * int(dict(line.split(":", 1) for line in Path(file).read_text().splitlines())[field].split()[0])

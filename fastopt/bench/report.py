@@ -1,15 +1,10 @@
-"""Results as lines on a terminal, as JSON, and as the Markdown of a README."""
+"""Results as lines on a terminal and as JSON; ``benchmarks/table.py`` makes Markdown of them."""
 
 import json
-import math
 import os
-from collections import Counter
 from pathlib import Path
 
-from . import machine
-
 SCHEMA = 1
-BEGIN, END = MARKERS = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMPILE = "torch compile"
 _LINE = "{:<15} {:>11} {:>21} {:>11} {:>8} {:>7} {:>9} {:>8}"
 COLUMNS = _LINE.format("provider", "median_us", "p10-p90", "cold_us", "GB/s", "of_copy", "host_us", "extra_MB")
@@ -49,23 +44,15 @@ def lines(result):
         if entry["status"] != "timed":
             yield f"  {entry['provider']:<15} {entry['status']}: {entry['reason']}"
             continue
-        median, cold, host = (_us(entry.get(f"{key}_us")) for key in ("median", "cold_median", "host"))
+        median, cold, host = (us(entry.get(f"{key}_us")) for key in ("median", "cold_median", "host"))
         speed = f"{entry['gb_per_s']:.1f}", f"{entry['of_copy']:.2f}"
-        yield "  " + _LINE.format(entry["provider"], median, _spread(entry), cold, *speed, host, _megabytes(entry))
-
-
-# JSON.
+        yield "  " + _LINE.format(entry["provider"], median, spread(entry), cold, *speed, host, megabytes(entry))
 
 
 def to_dict(described, command, settings, missing, results):
-    return {
-        "schema": SCHEMA,
-        "machine": described,
-        "command": command,
-        "settings": settings,
-        "not_installed": missing,
-        "results": [{**result, **summarize(result)} for result in results],
-    }
+    """The whole of the JSON."""
+    run = {"schema": SCHEMA, "machine": described, "command": command, "settings": settings, "not_installed": missing}
+    return run | {"results": [{**result, **summarize(result)} for result in results]}
 
 
 def write_json(file, reported):
@@ -75,121 +62,14 @@ def write_json(file, reported):
     draft.replace(file)
 
 
-def read_json(file):
-    """
-    Raises:
-        ValueError: the file is not of this version's benchmark.
-        OSError: it cannot be read.
-    """
-    try:
-        reported = json.loads(Path(file).read_text(encoding="utf-8"))
-        markdown(reported)  # which takes every part of it
-        entries = [entry for result in reported["results"] for entry in (*timed(result).values(), result["copy"])]
-        is_whole = reported["schema"] == SCHEMA and isinstance(reported["settings"], dict) and bool(entries)
-        is_whole = is_whole and all(0 < entry["median_us"] < math.inf for entry in filter(None, entries))
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, StopIteration, TypeError, ValueError):
-        is_whole = False
-    if not is_whole:
-        raise ValueError(f"{file} must hold results of python -m fastopt bench, schema {SCHEMA}")
-    return reported
+def us(value):
+    return "-" if value is None else f"{value:,.1f}"
 
 
-# Markdown.
+def spread(entry):
+    return f"{us(entry['p10_us'])}-{us(entry['p90_us'])}"
 
 
-def markdown(reported):
-    """Tables of all results, with the machine and the command above."""
-    results = reported["results"]
-    rows = [_row(result) for result in results]
-    heads = [head for head in rows[0] if any(row[head] for row in rows)]
-    parts = [f"{machine.one_line(reported['machine'])}. `{reported['command']}`"]
-    parts.append(table(heads, [[row[head] or "-" for head in heads] for row in rows]))
-    others = [row for result in results for row in _other_rows(result)]
-    if others:
-        parts.append(table(("work", "library", "us", "fastopt, us", "ratio"), others))
-    counts = Counter(
-        f"{entry['provider']} {entry['status']}: {entry['reason']}"
-        for result in results
-        for entry in result["providers"]
-        if entry["status"] != "timed"
-    )
-    left_out = [f"{reason} ({count} cases)" if count > 1 else reason for reason, count in counts.items()]
-    if reported["not_installed"]:
-        left_out.append(f"Not installed: {', '.join(reported['not_installed'])}")
-    if left_out:
-        parts.append("\n".join(f"- {line}" for line in left_out))
-    return "\n\n".join(parts)
-
-
-def table(heads, rows):
-    body = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
-    return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
-
-
-def _row(result):
-    """The cells by their column; None in columns that are left out where no case has a value."""
-    entries = {entry["provider"]: entry for entry in result["providers"]}
-    ours, stock = entries["fastopt"], entries.get(result["fastest_torch"], {})
-    is_timed, cold, hosts = ours["status"] == "timed", None, [_us(entry.get("host_us")) for entry in (stock, ours)]
-    if result.get("ratio_cold"):
-        cold = f"{_ratio(result['ratio_cold'])} ({_us(result['torch_cold_us'])}, {_us(ours['cold_median_us'])})"
-    return {
-        "work": result["name"],
-        "fastest torch, us": f"{_us(stock['median_us'])} ({stock['provider']})" if stock else "-",
-        "fastopt, us": _us(ours["median_us"]) if is_timed else f"{ours['status']}: {ours['reason']}",
-        "p10-p90": _spread(ours) if is_timed else "-",
-        "ratio": _ratio(result["ratio"]),
-        "cold": cold,
-        "to compile": _number(result["ratio_to_compile"], ".1f", "x"),
-        "of copy": _number(result["of_copy"], ".2f"),
-        "host, us: torch, fastopt": None if hosts == ["-", "-"] else ", ".join(hosts),
-        "extra MB: torch, fastopt": f"{_megabytes(stock)}, {_megabytes(ours)}",
-    }
-
-
-def _other_rows(result):
-    ours = next(entry for entry in result["providers"] if entry["provider"] == "fastopt")
-    for entry in result["providers"]:
-        if entry["provider"].split()[0] in ("torch", "fastopt") or entry["status"] == "not run":
-            continue
-        if entry["status"] == "wrong":
-            yield result["name"], entry["provider"], f"wrong: {entry['reason']}", "-", "-"
-        else:
-            us = entry.get("fastopt_beside_us") or ours.get("median_us")
-            ratio = _ratio(us and entry["median_us"] / us)
-            yield result["name"], entry["provider"], _us(entry["median_us"]), _us(us), ratio
-
-
-def rewrite_between_markers(text, block, markers=MARKERS):
-    """``text`` with ``block`` between the two markers.
-
-    Raises:
-        ValueError: the markers are not there, once each and in order.
-    """
-    begin, end = markers
-    before, has_begin, rest = text.partition(begin)
-    _, has_end, after = rest.partition(end)
-    if not has_begin or not has_end or begin in rest or end in after:
-        raise ValueError(f"must hold {begin} and after it {end}, once each")
-    return f"{before}{begin}\n{block}\n{end}{after}"
-
-
-def _number(value, form, unit=""):
-    return "-" if value is None else f"{value:{form}}{unit}"
-
-
-def _us(value):
-    return _number(value, ",.1f")
-
-
-def _spread(entry):
-    return f"{_us(entry['p10_us'])}-{_us(entry['p90_us'])}"
-
-
-def _ratio(value):
-    return f"**{value:.2f}x**" if value else "-"
-
-
-def _megabytes(entry):
+def megabytes(entry):
     n_bytes = entry.get("extra_bytes")
-    return _number(n_bytes and n_bytes / 1e6, ",.1f")
+    return us(n_bytes and n_bytes / 1e6)

@@ -1,4 +1,4 @@
-"""The tables of optimizers and of losses, one row each, which the benchmark, the sweep and the demo share.
+"""The tables of optimizers and of losses, one row each, which the benchmark, benchmarks/sweep.py and the demo share.
 
 A new optimizer is one row of ``OPTIMIZERS``, a new loss one of ``LOSSES``; names, bytes and calls follow from it.
 """
@@ -27,12 +27,11 @@ class Optimizer:
     label: str = ""
     demo_lr: float | None = None  # the demo trains those that have one, by their label in lower case
     timed_options: dict = field(default_factory=dict)  # further ones where it is timed; names do not show them
-    plain_torch: type | None = None  # in the place of torch's class where torch.optim has none of that name
 
     @property
     def torch_class(self):
         """None if there is nothing in torch to time or train beside it."""
-        return self.plain_torch or getattr(torch.optim, self.name, None)
+        return getattr(torch.optim, self.name, None)
 
     @property
     def reference_class(self):
@@ -127,25 +126,10 @@ _ATTENTION = ((768,), (768,), (2304, 768), (2304,), (768, 768), (768,))
 _FEED_FORWARD = ((768,), (768,), (3072, 768), (3072,), (768, 3072), (768,))
 GPT2 = ((50257, 768), (1024, 768), *(12 * (_ATTENTION + _FEED_FORWARD)), (768,), (768,))
 
-# Of the benchmark; on CUDA also in bfloat16 if True.
+# On CUDA also in bfloat16 if True.
 MODELS = (
     ("LeNet, 44 k in 10 tensors", LENET, False),
     ("MNIST CNN, 1.2 M in 8", CNN, False),
     ("1000 tensors of 64", ((64,),) * 1000, True),
     ("GPT-2 small, 124 M in 148", GPT2, True),
-)
-# Of the sweep.
-SWEEP_MODELS = (
-    ("one of 10", ((10,),)),
-    ("4 tensors, 0.8 k", ((64, 8), (64,), (4, 64), (4,))),
-    ("LeNet, 44 k", LENET),
-    ("300 tensors of 64", ((64,),) * 300),
-    ("12 tensors, 1.6 M", ((512, 512), (512,)) * 6),
-    ("3 tensors, 6 M", ((4000, 1000), (2000, 1000), (1000,))),
-)
-SWEEP_SHAPES = (
-    *((1, 10), (64, 2), (64, 10), (256, 100), (8192, 5), (128, 1000), (2048, 1000)),
-    *((1, 32000), (128, 32000)),
-    *((16, 10, 2), (1024, 10, 2), (8, 4000, 2), (512, 100, 4), (64, 1000, 8)),  # few positions after the classes
-    *((4, 21, 64, 64), (2, 19, 256, 256)),
 )

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .cases import LAYOUTS
-
 N_CHECKED_STEPS = 3
 N_CHECKED_LOGITS = 2**22  # a larger gradient is checked in so many, whole rows evenly spaced
 N_AT_ONCE = 2**20  # logits in float64
+LAYOUTS = {"channels_last": lambda values: values.movedim(1, -1).contiguous().movedim(-1, 1)}  # by the trait
 
 
 @dataclass
@@ -37,7 +36,7 @@ class OptimizerWork:
             [torch.randn(shape, **random).mul_(0.1).to(case.dtype) for shape in case.shapes] for _ in range(2)
         )
         # Bytes that each provider holds beside the inputs, at most.
-        self.bytes_each = (2 + len(case.optimizer.states)) * case.array_bytes
+        self.bytes_each = (2 + len(case.optimizer.states)) * sum(param.nbytes for param in self.params)
 
     def _new_params(self, dtype):
         params = [torch.nn.Parameter(param.to(dtype, copy=True)) for param in self.params]
@@ -69,11 +68,6 @@ class OptimizerWork:
         rounding = N_CHECKED_STEPS * torch.finfo(self.case.dtype).eps / 2 * _largest(self._expected)
         return error, (1e-4 if self.case.dtype == torch.float32 else 5e-2) * update + rounding
 
-    def n_changed(self, started):
-        """How many numbers are no longer those of the start."""
-        pairs = zip(started.results(), self.params, strict=True)
-        return sum(torch.count_nonzero(after != before).item() for after, before in pairs)
-
 
 def _largest(tensors):
     return torch.stack([tensor.abs().max() for tensor in tensors]).max().item()  # NaN if one is, unlike Python's max
@@ -99,7 +93,8 @@ class LossWork:
     def __init__(self, case, device):
         self.case, self.device = case, device
         random = dict(generator=torch.Generator(device).manual_seed(0), device=device)
-        self.logits = LAYOUTS.get(case.trait, LAYOUTS[""])[0](torch.randn(case.shape, **random).to(case.dtype))
+        logits = torch.randn(case.shape, **random).to(case.dtype)
+        self.logits = LAYOUTS.get(case.trait, torch.Tensor.contiguous)(logits)
         if case.target == "indices":
             self.target = torch.randint(case.shape[1], (case.shape[0], *case.shape[2:]), **random)
             if case.trait == "half ignored":

@@ -1,6 +1,7 @@
 """``python -m fastopt demo``: arguments, the run, and its exit status."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from pathlib import Path
@@ -10,9 +11,8 @@ import torch
 import fastopt
 
 from .._arguments import at_least, new_file, non_negative
-from . import data, plot, processes, report, train
+from . import data, processes, report, train
 from .models import MODELS
-from .progress import Progress
 
 DESCRIPTION = """\
 Train a CNN on handwritten digits twice from one seed, with stock torch and with fastopt, and compare losses, test
@@ -45,7 +45,7 @@ def add_arguments(parser):
     add("--device", type=_device, default=defaults.device, help="cpu or cuda; default: %(default)s")
     add("--threads", type=at_least(1), help="threads of torch and fastopt; default: torch's")
     add("--data", type=Path, metavar="DIR", help=DATA_HELP)
-    add("--download", action="store_true", help="fetch MNIST through torchvision into --data or ./data")
+    add("--download", action="store_true", help="fetch MNIST into MNIST/raw in --data or ./data")
     add("--json", type=new_file, metavar="FILE", help="write everything known about the run")
     add("--png", type=new_file, metavar="FILE", help="write loss curves and times as a picture")
     add("--quiet", action="store_true", help="no progress bar")
@@ -58,7 +58,7 @@ def run(args, parser):
 
 
 def _run(args, parser):
-    is_first = processes.rank() == 0
+    is_first, n_processes = processes.rank() == 0, processes.count()
     if args.data and not args.download and not args.data.is_dir():
         parser.error(f"argument --data: must be a directory, got {str(args.data)!r}")
     try:
@@ -66,16 +66,14 @@ def _run(args, parser):
             digits = data.load(args.data, download=args.download)
     except data.DataError as error:
         return _fail(parser, error, 3 if isinstance(error, data.DownloadError) else 2)
-    n_train, n_processes = len(digits.train.labels), processes.count()
+    n_train = len(digits.train.labels)
     if args.batch_size > n_train:
         parser.error(f"argument --batch-size: must be at most the {n_train} training images, got {args.batch_size}")
     if args.batch_size % n_processes:
         parser.error(f"argument --batch-size: must be a multiple of the {n_processes} processes, got {args.batch_size}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.epochs:
-        args.steps = args.epochs * (n_train // args.batch_size)
-    args.steps = args.steps or train.Config.steps
+    args.steps = args.steps or (args.epochs and args.epochs * (n_train // args.batch_size)) or train.Config.steps
     config = train.Config(**{field.name: getattr(args, field.name) for field in dataclasses.fields(train.Config)})
     fastopt.CrossEntropyLoss()(torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))  # builds the kernels if need be
     info = fastopt.info()
@@ -84,19 +82,17 @@ def _run(args, parser):
 
     comparisons = []
     for name in train.OPTIMIZERS if args.optimizer == "all" else (args.optimizer,):
-        progress = Progress(name, config.steps, quiet=args.quiet or not is_first)
+        progress = report.Progress(name, config.steps, quiet=args.quiet or not is_first)
         comparisons.append(train.compare(name, config, digits, progress.step))
-    verdicts = [outcome.parity for outcome in comparisons]
-    status = 0 if all(verdict.ok for verdict in verdicts) else 2
-    if any(not verdict.ok and not verdict.diverged for verdict in verdicts):
-        status = 1
+    verdicts = [outcome.parity for outcome in comparisons if not outcome.parity.ok]
+    status = 0 if not verdicts else 2 if all(verdict.diverged for verdict in verdicts) else 1
     if not is_first:
         return status
     try:  # before the tables: a closed pipe must not lose the files
         if args.json:
             args.json.write_text(report.to_json(config, digits, comparisons, info) + "\n")
         if args.png:
-            plot.save(args.png, config, comparisons)
+            report.save_picture(args.png, config, comparisons)
     except ImportError as error:
         print(f"{parser.prog}: no picture, for there is no matplotlib ({error})", file=sys.stderr)
     except OSError as error:
@@ -118,12 +114,10 @@ def learning_rate(text):
 
 
 def _device(text):
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices, got {text!r}")
-    return text
+    with contextlib.suppress(RuntimeError):
+        kind, index, n_gpus = torch.device(text).type, torch.device(text).index or 0, torch.cuda.device_count()
+        if kind == "cuda" and index >= n_gpus:
+            raise argparse.ArgumentTypeError(f"torch sees {n_gpus} CUDA devices, got {text!r}")
+        if kind in ("cpu", "cuda"):
+            return text
+    raise argparse.ArgumentTypeError(f"must be cpu or cuda, got {text!r}")

@@ -1,29 +1,32 @@
-"""Finds the digits: MNIST from a folder or through torchvision, else digits that the package draws itself.
+"""Finds the digits: MNIST in a folder of IDX files, else digits that the package draws itself.
 
 Without ``--data`` these are tried in turn: ``$FASTOPT_DATA``, then ``./data``, ``../data`` and ``~/data``,
-each holding the four IDX files (packed or not) itself, in ``raw`` or in ``MNIST/raw``.
+each holding the four IDX files (packed by gzip or not) itself, in ``raw`` or in ``MNIST/raw``.
 """
 
+import gzip
+import math
 import os
-from collections.abc import Callable
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import glyphs
-from .idx import DataError, read_idx
-from .vision import import_torchvision
 
-N_CLASSES = 10
-IMAGE_SHAPE = (28, 28)
+N_CLASSES, IMAGE_SHAPE = 10, (28, 28)
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, as in PyTorch's example
 USUAL_PLACES = ("./data", "../data", "~/data")
-FILES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"  # PyTorch's
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 N_DRAWN_TRAIN, N_DRAWN_TEST = 12000, 2000
+
+
+class DataError(ValueError):
+    """A data file is missing or broken; the message names the file and its fault."""
 
 
 class DownloadError(DataError):
@@ -40,25 +43,24 @@ class Split:
 
 @dataclass(frozen=True)
 class Digits:
-    """Both splits, where they come from, and the transform of a uint8 batch to a network's input."""
+    """Both splits, where they come from, and the module that made them."""
 
     train: Split
     test: Split
     source: str
     reader: str
-    normalize: Callable
+
+    @staticmethod
+    def normalize(images):
+        """A network's input from uint8 images."""
+        return images.float().div_(255).sub_(MEAN).div_(STD)
 
 
 def load(folder=None, *, download=False):
-    """The digits of ``folder``, of the usual places, or drawn.
-
-    Args:
-        folder: where the IDX files are, or None to search. With ``download`` the root that torchvision fills.
-        download: fetch MNIST through ``torchvision.datasets.MNIST(download=True)`` first.
+    """The digits of ``folder``, of the usual places, or drawn; ``download`` fetches MNIST into ``folder/MNIST/raw``.
 
     Raises:
-        DataError: ``folder`` or ``$FASTOPT_DATA`` holds no digits, a file is broken, or there is no torchvision.
-        DownloadError: the download failed.
+        DataError: ``folder`` or ``$FASTOPT_DATA`` holds no digits, a file is broken, or the download failed.
     """
     if download:
         folder = _download(Path(folder or USUAL_PLACES[0]))
@@ -66,7 +68,7 @@ def load(folder=None, *, download=False):
         if place:
             raw = _find_raw(place)
             if raw is None:
-                raise DataError(f"{name}: no IDX files such as {FILES['train'][0]}[.gz] in {place}, raw or MNIST/raw")
+                raise DataError(f"{name}: no IDX files such as {FILES[0]}[.gz] in {place}, raw or MNIST/raw")
             return _read(raw)
     raw = next(filter(None, map(_find_raw, USUAL_PLACES)), None)
     return _read(raw) if raw else draw()
@@ -75,47 +77,65 @@ def load(folder=None, *, download=False):
 def draw(n_train=N_DRAWN_TRAIN, n_test=N_DRAWN_TEST):
     """Digits drawn by the package: the same on every machine, no file needed."""
     splits = [_split(*glyphs.draw(n, stream)) for stream, n in enumerate((n_train, n_test))]
-    return Digits(*splits, "digits drawn by fastopt", "fastopt.demo.glyphs", _normalizer())
+    return Digits(*splits, "digits drawn by fastopt", "fastopt.demo.glyphs")
+
+
+def _download(root):
+    raw = root / "MNIST" / "raw"
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if not _existing(raw / name):
+                torch.hub.download_url_to_file(f"{MIRROR}{name}.gz", str(raw / f"{name}.gz"))
+    except Exception as error:
+        raise DownloadError(f"--download: MNIST could not be fetched into {root}: {error}") from error
+    return root
+
+
+def _existing(path):
+    """The file, packed or not; None if there is none."""
+    return next(filter(Path.exists, (path, path.with_name(f"{path.name}.gz"))), None)
 
 
 def _find_raw(place):
     place = Path(place).expanduser()
-    names = [name + suffix for pair in FILES.values() for name in pair for suffix in ("", ".gz")]
     folders = place, place / "raw", place / "MNIST" / "raw"
-    return next((folder for folder in folders if any((folder / name).exists() for name in names)), None)
+    return next((folder for folder in folders if any(_existing(folder / name) for name in FILES)), None)
 
 
 def _read(raw):
-    arrays, reader = _read_torchvision(raw), "torchvision.datasets.MNIST"
-    if arrays is None:
-        arrays, reader = _read_idx_files(raw), "fastopt.demo.idx"
-    splits = [_split(*arrays[kind], *(raw / name for name in FILES[kind])) for kind in ("train", "test")]
-    return Digits(*splits, str(raw), reader, _normalizer())
+    files = [_existing(raw / name) for name in FILES]
+    if None in files:
+        name = FILES[files.index(None)]
+        raise DataError(f"{raw / name}: missing, and so is {name}.gz")
+    arrays = [read_idx(file, 3 if "images" in file.name else 1) for file in files]
+    splits = [_split(*arrays[i : i + 2], *files[i : i + 2]) for i in (0, 2)]
+    return Digits(*splits, str(raw), "fastopt.demo.data")
 
 
-def _read_idx_files(raw):
-    pairs = {kind: zip(names, (3, 1), strict=True) for kind, names in FILES.items()}
-    return {kind: [read_idx(_existing(raw / name), n_dims) for name, n_dims in pair] for kind, pair in pairs.items()}
+def read_idx(path, n_dims):
+    """Unsigned bytes of one IDX file as a writable array: of 3 dimensions for images, of 1 for labels.
 
-
-def _existing(path):
-    packed = path.with_name(path.name + ".gz")
-    if not path.exists() and not packed.exists():
-        raise DataError(f"{path}: missing, and so is {packed.name}")
-    return path if path.exists() else packed
-
-
-def _read_torchvision(raw):
-    """Arrays by torchvision, which wants unpacked files in ``MNIST/raw``; None leaves the files to our own reader."""
-    torchvision, _ = import_torchvision()
-    is_unpacked = all((raw / name).is_file() for pair in FILES.values() for name in pair)
-    if torchvision is None or not is_unpacked or raw.absolute().parts[-2:] != ("MNIST", "raw"):
-        return None
+    Raises:
+        DataError: the file cannot be read, is not such a file, or holds fewer or more bytes than its header says.
+    """
     try:
-        sets = {kind: torchvision.datasets.MNIST(raw.absolute().parents[1], train=kind == "train") for kind in FILES}
-    except Exception:  # broken files: our own reader reports which one and why
-        return None
-    return {kind: (dataset.data.numpy(), dataset.targets.numpy()) for kind, dataset in sets.items()}
+        content = Path(path).read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    header, expected = struct.Struct(f">4s{n_dims}I"), bytes((0, 0, 8, n_dims))  # 8: of unsigned bytes
+    if content[:4] != expected:
+        raise DataError(f"{path}: magic bytes must be {expected.hex()}, got {content[:4].hex() or 'an empty file'}")
+    if len(content) < header.size:
+        raise DataError(f"{path}: truncated: header needs {header.size} bytes, got {len(content)}")
+    _, *shape = header.unpack_from(content)
+    n_expected, n_found = math.prod(shape), len(content) - header.size
+    if n_found != n_expected:
+        wrong, got = ("truncated", n_found) if n_found < n_expected else ("too long", "more")
+        raise DataError(f"{path}: {wrong}: shape {tuple(shape)} needs {n_expected} bytes, got {got}")
+    return np.frombuffer(content, np.uint8, offset=header.size).reshape(shape).copy()
 
 
 def _split(images, labels, image_file="drawn images", label_file="drawn labels"):
@@ -128,28 +148,3 @@ def _split(images, labels, image_file="drawn images", label_file="drawn labels")
     if labels.max() >= N_CLASSES:
         raise DataError(f"{label_file}: labels must be in [0, {N_CLASSES}), got {labels.max()}")
     return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long())
-
-
-def _normalizer():
-    """The transform of a uint8 batch: torchvision's or ours, which give equal floats."""
-    torchvision, _ = import_torchvision()
-    if torchvision is None:
-        return _normalize
-    transforms = torchvision.transforms
-    return transforms.Compose([transforms.ConvertImageDtype(torch.float32), transforms.Normalize((MEAN,), (STD,))])
-
-
-def _normalize(images):
-    return images.float().div_(255).sub_(MEAN).div_(STD)
-
-
-def _download(root):
-    torchvision, reason = import_torchvision()
-    if torchvision is None:
-        raise DataError(f"--download needs torchvision, which does not import here ({reason})")
-    try:
-        for train in (True, False):
-            torchvision.datasets.MNIST(root, train=train, download=True)
-    except Exception as error:
-        raise DownloadError(f"--download: torchvision could not fetch MNIST into {root}: {error}") from error
-    return root

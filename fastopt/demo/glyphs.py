@@ -8,11 +8,16 @@ operations that IEEE 754 rounds exactly (+ - * / sqrt), one at a time; no sin, e
 
 import numpy as np
 
-SIZE = 28
-SEED = 1998
+SIZE, SEED = 28, 1998
 _CHUNK = 200  # images at a time; their distances to a segment stay in the cache
 _SPLINE_STEPS = 3  # segments between two control points
-_N_JITTER, _N_SHAPE = 32, 16  # random numbers of one image besides its noise
+_N_JITTER = 32  # random numbers of one image that move its control points; after them one of each range
+_RANGES = (
+    *((10.0, 17.5), (14.0, 21.0), (-0.15, 0.15), (-3.0, 3.0), (-2.4, 2.4)),  # scale x and y, rotation, shift x and y
+    *((0.7, 1.9), (0.6, 1.0)),  # width of the strokes, and their ink
+    *((0, SIZE - 1), (0, SIZE - 1), (-6, 6), (-6, 6), (0.2, 0.9), (0.0, 0.9)),  # stray stroke: start, step, width, ink
+    *((0.05, 0.35), (0, 1), (0, 1)),  # noise; nothing; variant of the glyph, and slant
+)
 
 # Variants of each digit: control points, each x and y in hundredths with y down; strokes through them by index, closed
 # if they end where they begin.
@@ -35,31 +40,25 @@ GLYPHS = (
 
 
 def draw(n, stream=0):
-    """``n`` images of digits, each class equally often in every ten.
-
-    Args:
-        n: how many; the first k of n are the k that ``draw(k, stream)`` gives.
-        stream: which of the independent streams of images, such as 0 to train on and 1 to test on.
+    """``n`` images of digits, each class equally often in every ten, of one of independent streams.
 
     Returns:
-        images, uint8 of shape (n, 28, 28), ink bright on black; labels, uint8 of shape (n,).
+        images, uint8 of shape (n, 28, 28), ink bright on black; labels, uint8 of shape (n,). The first k of n are the k
+        that ``draw(k, stream)`` gives.
     """
-    order_bits, shape_bits, noise_bits = (
-        np.random.PCG64(np.random.SeedSequence((SEED, stream, purpose))) for purpose in range(3)
-    )
+    seeds = (np.random.SeedSequence((SEED, stream, purpose)) for purpose in range(3))
+    order_bits, shape_bits, noise_bits = map(np.random.PCG64, seeds)
     labels = np.argsort(_uniform(order_bits, (-(-n // 10), 10)), axis=1, kind="stable")
     labels = labels.reshape(-1)[:n].astype(np.uint8)
-    draws = _uniform(shape_bits, (n, _N_JITTER + _N_SHAPE))
+    draws = _uniform(shape_bits, (n, _N_JITTER + len(_RANGES)))
     noise = noise_bits.random_raw(n * SIZE * SIZE // 8).astype("<u8").view(np.uint8).reshape(n, SIZE, SIZE)
-
     images = np.empty((n, SIZE, SIZE), np.uint8)
     for label, variants in enumerate(GLYPHS):
         members = np.flatnonzero(labels == label)
         variant = (draws[members, -1] * len(variants)).astype(np.int64)
         for index, glyph in enumerate(variants):
             chosen = members[variant == index]
-            for start in range(0, len(chosen), _CHUNK):
-                part = chosen[start : start + _CHUNK]
+            for part in (chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)):
                 images[part] = _render(glyph, draws[part], noise[part])
     return images, labels
 
@@ -70,40 +69,31 @@ def _uniform(bits, shape):
 
 
 def _render(glyph, draws, noise):
-    jitter, shape = draws[:, :_N_JITTER], draws[:, _N_JITTER:, None]
-
-    def between(column, low, high):
-        return low + (high - low) * shape[:, column]
-
-    def between_for_pixels(column, low, high):
-        return between(column, low, high).astype(np.float32)[:, :, None]
-
+    jitter, (low, high) = draws[:, :_N_JITTER], np.array(_RANGES).T
+    shape = (low + (high - low) * draws[:, _N_JITTER:]).T[:, :, None]  # of each range and image
+    scale_x, scale_y, t, shift_x, shift_y, *_, slant = shape
+    for_pixels = (values.astype(np.float32)[:, :, None] for values in shape[[5, 6, 11, 12, 13]])
+    width, full_ink, stray_width, stray_ink, grain = for_pixels
     points, strokes = glyph.split(": ")
     points = np.array([(int(xy[:2]), int(xy[2:])) for xy in points.split()]) / 100
     n_points = len(points)
     x, y = (points[:, i] - 0.5 + 0.14 * (jitter[:, i * n_points :][:, :n_points] - 0.5) for i in (0, 1))
     # Scaled, slanted, rotated and shifted from the unit square around 0 to pixels.
-    x = x * between(0, 10.0, 17.5)
-    y = y * between(1, 14.0, 21.0)
-    x = x + y * (0.5 * (between(15, 0, 1) - 0.5))
+    x, y = x * scale_x, y * scale_y
+    x = x + y * (0.5 * (slant - 0.5))
     # The rotation by 2 atan(t) without a sine: its cosine and sine are rational in t. Up to 17 degrees either way.
-    t = between(2, -0.15, 0.15)
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
     x, y = x * cos - y * sin, x * sin + y * cos
-    middle = (SIZE - 1) / 2
-    xy = np.stack([x + middle + between(3, -3.0, 3.0), y + middle + between(4, -2.4, 2.4)])
+    xy = np.stack([x + (SIZE - 1) / 2 + shift_x, y + (SIZE - 1) / 2 + shift_y])
 
     nearest = np.full((len(draws), SIZE, SIZE), np.float32(1e9))
     for stroke in strokes.split():
         curve = _spline(xy, [int(index) for index in stroke])
         for start, end in zip(curve, curve[1:], strict=False):
             np.minimum(nearest, _square_distance(start, end), out=nearest)
-    start = np.stack([between(column, 0, SIZE - 1)[:, 0] for column in (7, 8)])
-    stray = _square_distance(start, start + np.stack([between(column, -6, 6)[:, 0] for column in (9, 10)]))
-    ink = _ink(nearest, between_for_pixels(5, 0.7, 1.9)) * between_for_pixels(6, 0.6, 1.0)
-    ink = np.maximum(ink, _ink(stray, between_for_pixels(11, 0.2, 0.9)) * between_for_pixels(12, 0.0, 0.9))
-    grain = (noise.astype(np.float32) - 127.5) * between_for_pixels(13, 0.05, 0.35)
-    return np.clip(ink * 255 + grain, 0, 255).astype(np.uint8)
+    stray = _square_distance(shape[7:9, :, 0], shape[7:9, :, 0] + shape[9:11, :, 0])
+    ink = np.maximum(_ink(nearest, width) * full_ink, _ink(stray, stray_width) * stray_ink)
+    return np.clip(ink * 255 + (noise.astype(np.float32) - 127.5) * grain, 0, 255).astype(np.uint8)
 
 
 def _spline(xy, stroke):
@@ -113,8 +103,7 @@ def _spline(xy, stroke):
     samples = []
     for k in range(len(stroke) - 1):
         p0, p1, p2, p3 = (xy[:, :, knot] for knot in knots[k : k + 4])
-        for step in range(_SPLINE_STEPS):
-            t = step / _SPLINE_STEPS
+        for t in (step / _SPLINE_STEPS for step in range(_SPLINE_STEPS)):
             cubic = (3 * p1 - p0 - 3 * p2 + p3) * t
             samples.append(0.5 * (2 * p1 + (p2 - p0 + (2 * p0 - 5 * p1 + 4 * p2 - p3 + cubic) * t) * t))
     return [*samples, xy[:, :, stroke[-1]]]
@@ -128,8 +117,7 @@ def _square_distance(start, end):
     along = (offset * (step / length2)[:, :, None]).astype(np.float32)
     t = np.clip(along[0][:, None, :] + along[1][:, :, None], 0, 1)
     offset, step = offset.astype(np.float32), step.astype(np.float32)[:, :, None, None]
-    off_x = offset[0][:, None, :] - t * step[0]
-    off_y = offset[1][:, :, None] - t * step[1]
+    off_x, off_y = offset[0][:, None, :] - t * step[0], offset[1][:, :, None] - t * step[1]
     return off_x * off_x + off_y * off_y
 
 

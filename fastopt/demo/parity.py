@@ -1,20 +1,18 @@
 """Judges if the two trainings are the same training.
 
 Float32 trajectories part on their own: one rounding flips one ReLU, and Adam or RMSprop turns that into a step. So the
-demo does not only compare trajectories. In its first steps it also compares single steps: on the same logits, is
-fastopt's loss torch's; fed the same gradients, are fastopt's weights torch's. Later steps have wider tolerances.
+first steps are compared one by one too: on the same logits, is fastopt's loss torch's; fed the same gradients, are
+fastopt's weights torch's. Later steps have wider tolerances.
 """
 
-import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 N_CHECKED_STEPS = 20
-LOSS_TOLERANCE = 1e-5
-UPDATE_TOLERANCE = 1e-5
-END_LOSS_TOLERANCE = 0.1
-ACCURACY_TOLERANCE_PERCENT = 2.0
+LOSS_TOLERANCE = UPDATE_TOLERANCE = 1e-5
+END_LOSS_TOLERANCE, ACCURACY_TOLERANCE_PERCENT = 0.1, 2.0
 DIVERGED_LOSS = 1e30  # one step before float32 overflows; which training does so first is chance
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
@@ -31,13 +29,10 @@ Parity holds if
 
 @dataclass(frozen=True)
 class Verdict:
-    """Parity holds or not, the reasons, and the figures it was judged by.
-
-    ``diverged``: the losses of both trainings became NaN or too large, and they agreed until then.
-    """
+    """Parity holds or not, the reasons, and the figures it was judged by."""
 
     ok: bool
-    diverged: bool
+    diverged: bool  # the losses of both trainings became NaN or too large, and they agreed until then
     reasons: tuple
     max_loss_error: float  # on the same logits, as a share of what is allowed
     max_update_error: float  # on the same gradients, as a share of what is allowed
@@ -47,17 +42,11 @@ class Verdict:
 
 
 class Shadow:
-    """Runs fastopt's loss on torch's logits and fastopt's optimizer on torch's gradients.
-
-    Args:
-        model: copy of the network at the start; ``optimizer`` is fastopt's, over its parameters.
-        loss, torch_loss: the two loss modules.
-    """
+    """Runs fastopt's loss on torch's logits, and fastopt's optimizer over ``model`` on torch's gradients."""
 
     def __init__(self, model, optimizer, loss, torch_loss):
         self.params, self.optimizer = list(model.parameters()), optimizer
-        self.loss, self.torch_loss = loss, torch_loss
-        self.start = _flat(self.params)
+        self.loss, self.torch_loss, self.start = loss, torch_loss, _flat(self.params)
         self.loss_errors, self.update_errors = [], []
 
     def check(self, torch_params, logits, labels):
@@ -66,32 +55,25 @@ class Shadow:
         for param, torch_param in zip(self.params, torch_params, strict=True):
             param.grad = torch_param.grad.clone()
         self.optimizer.step()
-        ours, theirs = _flat(self.params), _flat(torch_params)
-        n_steps = len(self.update_errors) + 1
+        ours, theirs, n_steps = _flat(self.params), _flat(torch_params), len(self.update_errors) + 1
         allowed = UPDATE_TOLERANCE * (theirs - self.start).norm() + n_steps * FLOAT32_EPS * theirs.norm()
         self.update_errors.append(((ours - theirs).norm() / allowed).item())
 
     def _loss_error(self, logits, labels):
-        values, grads = [], []
+        found = []
         for loss in (self.torch_loss, self.loss):
             leaf = logits.clone().requires_grad_()
             value = loss(leaf, labels)
-            grads.append(torch.autograd.grad(value, leaf)[0].double())
-            values.append(value.detach().double())
-        value_error = (values[1] - values[0]).abs() / values[0].abs().clamp(min=1e-3)
-        grad_error = (grads[1] - grads[0]).abs().max() / grads[0].abs().max().clamp(min=1e-30)
+            found.append((value.detach().double(), torch.autograd.grad(value, leaf)[0].double()))
+        (value, grad), (our_value, our_grad) = found
+        value_error = (our_value - value).abs() / value.abs().clamp(min=1e-3)
+        grad_error = (our_grad - grad).abs().max() / grad.abs().max().clamp(min=1e-30)
         allowed = LOSS_TOLERANCE * logits.abs().max().clamp(min=1).double()
         return (torch.maximum(value_error, grad_error) / allowed).item()
 
 
 def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy):
-    """The verdict by :data:`CRITERION`.
-
-    Args:
-        shadow: :class:`Shadow` after the first steps.
-        torch_losses, fastopt_losses: loss of each step of the two trainings.
-        torch_accuracy, fastopt_accuracy: on the test images, in percent.
-    """
+    """The verdict by :data:`CRITERION` on a :class:`Shadow`, the loss of each step, and accuracies in percent."""
     sides = {"torch": torch_losses, "fastopt": fastopt_losses}
     lost = {side: _first_false(loss < DIVERGED_LOSS for loss in losses) for side, losses in sides.items()}
     both_lost = None not in lost.values()
@@ -118,8 +100,9 @@ def judge(shadow, torch_losses, fastopt_losses, torch_accuracy, fastopt_accuracy
     if accuracy > allowed and not diverged:
         reasons.append(f"test accuracies differ by {accuracy:.2f} points, {allowed:.2f} allowed")
     differences = [abs(a - b) for a, b in zip(torch_losses, fastopt_losses, strict=True)]
-    errors = largest(shadow.loss_errors), largest(shadow.update_errors)
-    return Verdict(not reasons, diverged, tuple(reasons), *errors, largest(differences), end, accuracy)
+    # The largest; NaN if any is NaN.
+    figures = (float(np.max(errors)) for errors in (shadow.loss_errors, shadow.update_errors, differences))
+    return Verdict(not reasons, diverged, tuple(reasons), *figures, end, accuracy)
 
 
 def _flat(params):
@@ -128,9 +111,3 @@ def _flat(params):
 
 def _first_false(values):
     return next((index for index, value in enumerate(values) if not value), None)
-
-
-def largest(values):
-    """The largest; NaN if any is NaN, which ``max`` would lose or keep by its place."""
-    values = list(values)
-    return math.nan if any(map(math.isnan, values)) else max(values)

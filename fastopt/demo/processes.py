@@ -47,11 +47,6 @@ def share(items):
     return items[rank() :: count()]
 
 
-def parallel(model):
-    """The model, its gradients averaged over all processes."""
-    return torch.nn.parallel.DistributedDataParallel(model) if is_launched() else model
-
-
 def gathered(value):
     """The value of each process, in all of them."""
     values = [value] * count()

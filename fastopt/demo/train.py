@@ -5,8 +5,10 @@ import inspect
 import itertools
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import fastopt
@@ -32,22 +34,15 @@ class Config:
     stock: str = "default"
 
 
-@dataclass
 class Side:
     """One of the trainings: its model, loss and optimizer, and the losses and times so far."""
 
-    model: torch.nn.Module
-    loss: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    losses: list = field(default_factory=list)
-    times_ms: dict = field(default_factory=lambda: {part: [] for part in PARTS})
+    def __init__(self, model, loss, optimizer):
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.losses, self.times_ms = [], {part: [] for part in PARTS}
 
     def step(self, images, labels, clock):
-        """One training step, which leaves its gradients in place; ``clock`` waits for the device.
-
-        Returns:
-            The logits.
-        """
+        """One training step, which leaves its gradients in place; returns the logits."""
         stamps = [clock()]
 
         def timed(function, *args):
@@ -60,46 +55,25 @@ class Side:
         loss = timed(self.loss, logits, labels)
         timed(loss.backward)
         timed(self.optimizer.step)
-        zero_grad_s, *parts_s = (end - start for start, end in itertools.pairwise(stamps))
-        parts_s[-1] += zero_grad_s
-        for part, seconds in zip(PARTS, parts_s, strict=True):
-            self.times_ms[part].append(seconds * 1e3)
+        zero_grad_ms, *parts_ms = (1e3 * (end - start) for start, end in itertools.pairwise(stamps))
+        parts_ms[-1] += zero_grad_ms
+        for part, ms in zip(PARTS, parts_ms, strict=True):
+            self.times_ms[part].append(ms)
         self.losses.append(loss.item())
         return logits
 
     def outcome(self, digits, device):
         """Its losses, times and accuracy; ``step`` is the sum of medians, so that a stall in one part moves nothing."""
         median_ms = {part: _median(times) for part, times in self.times_ms.items()}
-        return {
-            "losses": self.losses,
-            "times_ms": self.times_ms,
-            "median_ms": {**median_ms, "step": sum(median_ms.values())},
-            "accuracy_percent": accuracy_percent(self.model, digits, device),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The outcome for one optimizer; ``torch`` and ``fastopt`` hold losses, times and accuracies."""
-
-    optimizer: str
-    arguments: dict
-    stock_implementation: str
-    torch: dict
-    fastopt: dict
-    speedup: dict
-    parity: parity.Verdict
+        median_ms["step"], accuracy = sum(median_ms.values()), accuracy_percent(self.model, digits, device)
+        return dict(losses=self.losses, times_ms=self.times_ms, median_ms=median_ms, accuracy_percent=accuracy)
 
 
 def compare(name, config, digits, progress=lambda: None):
     """Both trainings with the optimizer ``name`` of :data:`OPTIMIZERS`; of all processes, if there are several.
 
     In the first steps fastopt also shadows torch, to separate errors from rounding: see :mod:`fastopt.demo.parity`.
-
-    Args:
-        config: what to train.
-        digits: from :func:`fastopt.demo.data.load`.
-        progress: called after every step.
+    ``progress`` is called after every step. In the outcome ``torch`` and ``fastopt`` hold losses, times and accuracies.
     """
     row, device = OPTIMIZERS[name], torch.device(config.device)
     arguments = {"lr": row.demo_lr if config.lr is None else config.lr, **row.options}
@@ -108,7 +82,9 @@ def compare(name, config, digits, progress=lambda: None):
     start = models.build(config.model, config.seed).to(device)
 
     def side(loss, optimizer_class, **more):
-        model = processes.parallel(copy.deepcopy(start))
+        model = copy.deepcopy(start)
+        if processes.is_launched():
+            model = torch.nn.parallel.DistributedDataParallel(model)
         return Side(model, loss, optimizer_class(model.parameters(), **arguments, **more))
 
     theirs = side(torch.nn.CrossEntropyLoss(), row.torch_class, **stock)
@@ -131,16 +107,21 @@ def compare(name, config, digits, progress=lambda: None):
         progress()
     # Of each process's share: the mean of losses, the largest of errors.
     for each in (theirs, ours):
-        each.losses = list(map(statistics.fmean, zip(*processes.gathered(each.losses), strict=True)))
+        each.losses = np.mean(processes.gathered(each.losses), axis=0).tolist()
     for errors in (shadow.loss_errors, shadow.update_errors):
-        errors[:] = map(parity.largest, zip(*processes.gathered(errors), strict=True))
+        errors[:] = np.max(processes.gathered(errors), axis=0).tolist()
 
-    outcomes = [each.outcome(digits, device) for each in (theirs, ours)]
-    accuracies = [outcome["accuracy_percent"] for outcome in outcomes]
-    theirs_ms, ours_ms = (outcome["median_ms"] for outcome in outcomes)
-    speedup = {part: theirs_ms[part] / ours_ms[part] for part in theirs_ms}
-    verdict = parity.judge(shadow, theirs.losses, ours.losses, *accuracies)
-    return Comparison(name, arguments, stock_implementation, *outcomes, speedup, verdict)
+    outcomes = {"torch": theirs.outcome(digits, device), "fastopt": ours.outcome(digits, device)}
+    theirs_ms, ours_ms = (outcome["median_ms"] for outcome in outcomes.values())
+    accuracies = (outcome["accuracy_percent"] for outcome in outcomes.values())
+    return SimpleNamespace(
+        optimizer=name,
+        arguments=arguments,
+        stock_implementation=stock_implementation,
+        **outcomes,
+        speedup={part: theirs_ms[part] / ours_ms[part] for part in theirs_ms},
+        parity=parity.judge(shadow, theirs.losses, ours.losses, *accuracies),
+    )
 
 
 def accuracy_percent(model, digits, device):

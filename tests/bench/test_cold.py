@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+import table
 from bench_results import entry, reported
 from fastopt.__main__ import main
-from fastopt.bench import machine, measure, providers, report, tables, worker
+from fastopt.bench import machine, measure, providers, report, runner, tables
 from fastopt.bench.cases import LossCase
 
 
@@ -60,7 +61,7 @@ def test_last_cache_is_the_largest_that_the_system_reports(sizes, n_bytes, tmp_p
 def test_cold_calls_are_timed_for_every_provider_and_the_copy_if_asked_for(is_cold, small_caches, monkeypatch):
     monkeypatch.setattr(measure, "STRETCH_S", 1e-4)
     case, offered = LossCase(tables.LOSSES[0], (7, 10)), [p for p in providers.LOSSES if not p.compiles][:2]
-    entries, _ = worker.times(case, worker.Settings(n_rounds=3, is_cold=is_cold), offered)
+    entries, _ = runner.times(case, runner.Settings(n_rounds=3, is_cold=is_cold), offered)
     assert list(entries) == ["torch", "fastopt", "copy"]
     for its in entries.values():
         assert ("cold_median_us" in its) == is_cold
@@ -83,20 +84,20 @@ def test_cold_times_are_in_the_summary_the_lines_and_the_table(tmp_path):
     assert (summary["ratio"], summary["torch_cold_us"], summary["ratio_cold"]) == (3.0, 30.0, 1.5)
     at = report.COLUMNS.index("cold_us") + len("cold_us") + 2
     assert [line[:at].split()[-1] for line in list(report.lines(cold_result()))[1:]] == ["12.0", "30.0", "40.0", "20.0"]
-    table = report.markdown(reported(cold_result(), {**cold_result("hot only"), "providers": [entry("fastopt", 2.0)]}))
-    assert "| ratio | cold | to compile |" in table
-    assert "| **3.00x** | **1.50x** (30.0, 20.0) | - |" in table
-    assert "| hot only | - | 2.0 | 2.0-2.0 | - | - | - |" in table
+    text = table.markdown(reported(cold_result(), {**cold_result("hot only"), "providers": [entry("fastopt", 2.0)]}))
+    assert "| ratio | cold | to compile |" in text
+    assert "| **3.00x** | **1.50x** (30.0, 20.0) | - |" in text
+    assert "| hot only | - | 2.0 | 2.0-2.0 | - | - | - |" in text
     report.write_json(tmp_path / "run.json", reported(cold_result()))
-    assert report.read_json(tmp_path / "run.json")["results"][0]["ratio_cold"] == 1.5
+    assert table.read_json(tmp_path / "run.json")["results"][0]["ratio_cold"] == 1.5
 
 
 def test_table_of_a_run_without_cold_calls_has_no_such_column():
     run = reported({**cold_result(), "providers": [entry("torch", 6.0), entry("fastopt", 2.0)]})
-    assert "| ratio | to compile |" in report.markdown(run)
+    assert "| ratio | to compile |" in table.markdown(run)
     for key in ("torch_cold_us", "ratio_cold"):  # as a run of before they were timed
         del run["results"][0][key]
-    assert "| ratio | to compile |" in report.markdown(run)
+    assert "| ratio | to compile |" in table.markdown(run)
 
 
 def test_cold_run_from_end_to_end(tmp_path, small_caches, capfd):
@@ -107,7 +108,7 @@ def test_cold_run_from_end_to_end(tmp_path, small_caches, capfd):
         assert main(["bench", *arguments, "--json", str(file)]) == 0
     finally:
         torch.set_num_threads(before)
-    found = report.read_json(file)
+    found = table.read_json(file)
     assert found["command"].endswith("--compile none --cold")
     assert found["results"][0]["ratio_cold"] > 0
     assert "cold_us" in capfd.readouterr().out

@@ -1,17 +1,17 @@
-"""``python -m fastopt bench compare``: cases that count as slower or lost, and the notes beside them."""
+"""``benchmarks/compare.py``: cases that count as slower or lost, and the notes beside them."""
 
 import pytest
 
+import compare
 from bench_results import reported, result
-from fastopt.__main__ import main
-from fastopt.bench import compare, report
+from fastopt.bench import report
 
 
 def compared(first, second, tmp_path, *options):
     files = [tmp_path / "first.json", tmp_path / "second.json"]
     for file, run in zip(files, (first, second), strict=True):
         report.write_json(file, run)
-    return main(["bench", "compare", *map(str, files), *options])
+    return compare.main([*map(str, files), *options])
 
 
 def without_torch(name, ours_us, copy_us=5.0):

@@ -1,6 +1,5 @@
 """``benchmarks/programs.py``: whole training steps, torch beside fastopt."""
 
-import importlib.util
 import re
 import sys
 
@@ -9,27 +8,19 @@ import torch
 from torch import nn
 
 import fastopt
+import programs
+import table
 from paths import ROOT
 
-FILE = ROOT / "benchmarks" / "programs.py"
 OTHER = ROOT / "LICENSE"
 
 
-@pytest.fixture(scope="module")
-def programs():
-    spec = importlib.util.spec_from_file_location("programs", FILE)
-    module = sys.modules["programs"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["programs"]
-
-
 @pytest.fixture
-def one_step(programs, monkeypatch):
+def one_step(monkeypatch):
     monkeypatch.setattr(programs, "MIN_STEPS", 2)
 
 
-def test_library_finds_fastopts_names_before_torchs(programs, monkeypatch):
+def test_library_finds_fastopts_names_before_torchs(monkeypatch):
     assert programs.FASTOPT.AdamW is fastopt.AdamW
     assert programs.FASTOPT.cross_entropy is fastopt.functional.cross_entropy
     assert programs.TORCH.AdamW is torch.optim.AdamW
@@ -38,7 +29,7 @@ def test_library_finds_fastopts_names_before_torchs(programs, monkeypatch):
     assert (programs.FASTOPT.l1_loss, programs.FASTOPT.Rprop) == (print, torch.optim.Rprop)
 
 
-def test_programs_run_and_their_table_goes_between_the_markers(programs, one_step, tmp_path, capsys):
+def test_programs_run_and_their_table_goes_between_the_markers(one_step, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("above\n{}\nold\n{}\nbelow\n".format(*programs.MARKERS))
     assert programs.main(["PPO", "tabular", "LeNet", "--seconds", "0", "--readme", str(readme)]) == 0
@@ -55,7 +46,7 @@ def test_programs_run_and_their_table_goes_between_the_markers(programs, one_ste
     assert "old" not in text
 
 
-def test_a_step_takes_its_parts_in_their_order(programs):
+def test_a_step_takes_its_parts_in_their_order():
     happened = []
 
     class Optimizer(torch.optim.SGD):
@@ -89,7 +80,7 @@ def test_a_step_takes_its_parts_in_their_order(programs):
     assert min(training.seconds[0]) > 0
 
 
-def test_losses_that_disagree_are_status_1(programs, one_step, monkeypatch, capsys):
+def test_losses_that_disagree_are_status_1(one_step, monkeypatch, capsys):
     def wrong(*args, **options):
         return 1.1 * nn.functional.cross_entropy(*args, **options)
 
@@ -98,7 +89,7 @@ def test_losses_that_disagree_are_status_1(programs, one_step, monkeypatch, caps
     assert "| tabular MLP, batch of 128 | wrong: the loss must be torch's, " in capsys.readouterr().out
 
 
-def test_program_without_transformers_is_reported_as_not_run(programs, monkeypatch, capsys):
+def test_program_without_transformers_is_reported_as_not_run(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert programs.main(["GPT-2", "Llama", "--seconds", "0"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
@@ -117,7 +108,7 @@ def test_program_without_transformers_is_reported_as_not_run(programs, monkeypat
         (["--readme", str(OTHER)], f"argument --readme: {OTHER}: must hold <!-- programs:begin --> and after it"),
     ],
 )
-def test_bad_argument_is_named_with_rule_and_value(arguments, message, programs, tmp_path, monkeypatch, capsys):
+def test_bad_argument_is_named_with_rule_and_value(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exited:
         programs.main(arguments)
@@ -125,8 +116,8 @@ def test_bad_argument_is_named_with_rule_and_value(arguments, message, programs,
     assert message in capsys.readouterr().err
 
 
-def test_page_of_benchmarks_contains_the_markers_of_both_tables(programs):
+def test_page_of_benchmarks_contains_the_markers_of_both_tables():
     page = ROOT / "docs/benchmarks.md"
     text = page.read_text(encoding="utf-8")
-    for markers in (programs.MARKERS, programs.report.MARKERS):
-        assert "new" in programs.report.rewrite_between_markers(text, "new", markers)
+    for markers in (programs.MARKERS, table.MARKERS):
+        assert "new" in table.rewrite_between_markers(text, "new", markers)

@@ -1,4 +1,4 @@
-"""``python -m fastopt bench sweep``: its rows, the rows that count as slow, and its exit status."""
+"""``benchmarks/sweep.py``: its rows, the rows that count as slow, and its exit status."""
 
 import random
 import time
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import fastopt
-from fastopt.__main__ import main
-from fastopt.bench import cases, providers, sweep, tables
-from fastopt.bench.sweep import Times
+import sweep
+from fastopt.bench import cases, providers, tables
+from sweep import Times
 
 # Rows.
 
-EVERY = list(cases.sweep_rows())
+EVERY = list(sweep.sweep_rows())
 NAMES = [row.name for row in EVERY]
 
 
@@ -63,8 +63,8 @@ def test_bytes_of_a_row_are_those_worked_out_by_hand(name, n_bytes):
 def test_a_new_loss_is_one_row(monkeypatch):
     monkeypatch.setattr(tables, "LOSSES", (tables.Loss("l1_loss", variants=({}, dict(reduction="sum"))),))
     monkeypatch.setattr(fastopt.functional, "l1_loss", F.l1_loss, raising=False)
-    found = [row for row in cases.sweep_rows() if row.kind == "loss"]
-    assert len(found) == 2 * len(tables.SWEEP_SHAPES) * len(cases.DTYPES)
+    found = [row for row in sweep.sweep_rows() if row.kind == "loss"]
+    assert len(found) == 2 * len(sweep.SHAPES) * len(cases.DTYPES)
     assert found[0].name == "l1-loss 1 x 10"
     assert found[-1].name == "l1-loss 2 x 19 x 256 x 256 f16, reduction=sum"
     assert found[0].bytes_moved == 3 * 40
@@ -74,23 +74,23 @@ def test_a_new_loss_is_one_row(monkeypatch):
 
 def test_optimizer_with_nothing_in_torch_beside_it_has_no_row(monkeypatch):
     monkeypatch.setattr(tables, "OPTIMIZERS", (tables.Optimizer("Lion"),))
-    assert not [row for row in cases.sweep_rows() if row.kind == "optimizer"]
+    assert not [row for row in sweep.sweep_rows() if row.kind == "optimizer"]
 
 
 def test_drawn_rows_are_those_of_their_seed():
     def names(seed):
-        return [row.name for row in cases.sweep_rows(random.Random(seed), (torch.float32,))]
+        return [row.name for row in sweep.sweep_rows(random.Random(seed), (torch.float32,))]
 
     assert names(1) == names(1)
     assert not set(names(1)) & set(names(2))
-    assert max(row.bytes_moved for row in cases.sweep_rows(random.Random(3))) < 1e9
+    assert max(row.bytes_moved for row in sweep.sweep_rows(random.Random(3))) < 1e9
 
 
 def test_drawn_rows_are_of_every_optimizer_and_loss():
     def prefixes(names):
         return {name.split(":")[0].split(" ")[0] for name in names}
 
-    assert prefixes(row.name for row in cases.sweep_rows(random.Random(1))) == prefixes(NAMES)
+    assert prefixes(row.name for row in sweep.sweep_rows(random.Random(1))) == prefixes(NAMES)
 
 
 SMALL = ("one of 10", "1 x 10", "16 x 10 x 2", "64 x 2")
@@ -139,9 +139,9 @@ def test_step_that_changes_few_parameters_is_not_timed(share, monkeypatch):
         n = round(share * params[0].numel())
         return lambda: params[0].data.view(-1)[:n].add_(1)
 
-    ours = providers.Provider("fastopt", loop.make, "fastopt")
+    ours = providers.Provider("fastopt", loop.make)
     monkeypatch.setattr(providers, "OPTIMIZERS", (loop, providers.Provider("torch partly", partly), ours))
-    row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD", "small", ((10, 10),))
+    row = cases.OptimizerCase(tables.OPTIMIZERS[0], "SGD: small", ((10, 10),))
     assert list(sweep.calls_of(row)) == ["torch for-loop", *["torch partly"] * (share == 1), "fastopt"]
 
 
@@ -200,8 +200,8 @@ def two_threads():
 @pytest.mark.timed
 def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("slow", (SLOW,)), Row("once slow", ONCE_SLOW), Row("fast", (FAST,))]
-    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
-    assert main(["bench", "sweep", "--seconds", "9", "--threads", "1"]) == 1
+    monkeypatch.setattr(sweep, "sweep_rows", lambda rng: table)
+    assert sweep.main(["--seconds", "9", "--threads", "1"]) == 1
     assert torch.get_num_threads() == 2
     slower, summary = capsys.readouterr().out.splitlines()
     assert slower.startswith("SLOWER 0.")
@@ -216,8 +216,8 @@ def test_only_what_is_slow_each_time_is_printed_with_its_bytes(short_repeats, tw
 @pytest.mark.timed
 def test_nothing_slow_is_success_on_all_threads_and_on_one(short_repeats, two_threads, monkeypatch, capsys):
     table = [Row("a fast one", (FAST,)), Row("another", (FAST,)), Row("other", (FAST,), 10**9)]
-    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
-    assert main(["bench", "--quick", "sweep", "--seconds", "0.1", "--only", "OTHER"]) == 0
+    monkeypatch.setattr(sweep, "sweep_rows", lambda rng: table)
+    assert sweep.main(["--quick", "--seconds", "0.1", "--only", "OTHER"]) == 0
     (summary,) = capsys.readouterr().out.splitlines()
     assert summary.startswith("2 of 2 rows at least as fast as torch; worst ")
     assert [len(row.made) for row in table] == [0, 2, 0]
@@ -227,18 +227,18 @@ def test_a_row_is_chosen_by_its_name_as_it_is_printed(two_threads, monkeypatch):
     chosen = []
     monkeypatch.setattr(sweep, "_sweep", lambda pairs, seconds: chosen.extend(pairs) or 0)
     table = [Row("a", (FAST,)), Row("another", (FAST,))]
-    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
-    assert main(["bench", "sweep", "--only", "another, 2 threads"]) == 0
+    monkeypatch.setattr(sweep, "sweep_rows", lambda rng: table)
+    assert sweep.main(["--only", "another, 2 threads"]) == 0
     assert chosen == [("another, 2 threads", table[1], 2)]
 
 
 def test_what_the_time_does_not_reach_is_counted_and_is_drawn_at_random(short_repeats, monkeypatch, capsys):
     table = [Row(f"row {index}", (FAST,)) for index in range(50)]
-    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
-    assert main(["bench", "sweep", "--seconds", "0", "--threads", "1"]) == 0
+    monkeypatch.setattr(sweep, "sweep_rows", lambda rng: table)
+    assert sweep.main(["--seconds", "0", "--threads", "1"]) == 0
     assert "1 of 1 rows at least as fast as torch, 49 not reached in 0 s; worst" in capsys.readouterr().out
     for seed in range(5):
-        assert main(["bench", "sweep", "--seconds", "0", "--threads", "1", "--seed", str(seed)]) == 0
+        assert sweep.main(["--seconds", "0", "--threads", "1", "--seed", str(seed)]) == 0
     assert sum(bool(row.made) for row in table) > 2
 
 
@@ -248,8 +248,8 @@ def test_row_that_raises_is_reported_with_status_3(short_repeats, monkeypatch, c
 
     table = [Row("fast", (FAST,)), Row("broken", ())]
     table[1].calls = fail
-    monkeypatch.setattr(cases, "sweep_rows", lambda rng: table)
-    assert main(["bench", "sweep", "--seconds", "0.1", "--threads", "1"]) == 3
+    monkeypatch.setattr(sweep, "sweep_rows", lambda rng: table)
+    assert sweep.main(["--seconds", "0.1", "--threads", "1"]) == 3
     out = capsys.readouterr().out
     assert "NOT RUN broken, 1 thread: RuntimeError: no kernel" in out
     assert "1 of 1 rows at least as fast as torch, 1 not run; worst" in out
@@ -265,22 +265,22 @@ def test_row_that_raises_is_reported_with_status_3(short_repeats, monkeypatch, c
 )
 def test_bad_argument_is_named_with_rule_and_value(arguments, message, capsys):
     with pytest.raises(SystemExit) as exited:
-        main(["bench", "sweep", *arguments])
+        sweep.main([*arguments])
     assert exited.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_help_states_the_threshold_and_list_the_bytes(capsys):
     with pytest.raises(SystemExit):
-        main(["bench", "sweep", "--help"])
+        sweep.main(["--help"])
     assert "torch's time / 0.95, and over 2 us more" in " ".join(capsys.readouterr().out.split())
-    assert main(["bench", "sweep", "--list", "--only", "64 x 10 bf16, weight"]) == 0
+    assert sweep.main(["--list", "--only", "64 x 10 bf16, weight"]) == 0
     assert capsys.readouterr().out == "cross-entropy 64 x 10 bf16, weight  (3,072 B)\n"
 
 
 @pytest.mark.timed
 def test_sweep_of_real_rows_ends_within_its_time(capsys):
     started = time.monotonic()
-    assert main(["bench", "sweep", "--quick", "--seconds", "1", "--seed", "5"]) in (0, 1)
+    assert sweep.main(["--quick", "--seconds", "1", "--seed", "5"]) in (0, 1)
     assert time.monotonic() - started < 30
     assert " rows at least as fast as torch" in capsys.readouterr().out.splitlines()[-1]

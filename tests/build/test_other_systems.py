@@ -9,7 +9,6 @@ import textwrap
 import pytest
 import torch
 
-from fastopt.demo import vision
 from optimizers import OPTIMIZERS
 from paths import ROOT
 
@@ -138,18 +137,6 @@ def test_a_cache_on_a_drive_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(environment.os.path, "lexists", lambda path: False)
     with pytest.raises(ValueError, match="FASTOPT_CACHE_DIR must name a directory"):
         environment.check()
-
-
-@pytest.mark.parametrize("name", ["_C.so", "_C_stable.so", "_C.pyd", "_C_stable.pyd"])
-def test_torchvision_is_broken_if_its_library_does_not_load_whatever_the_system_calls_it(name, tmp_path, monkeypatch):
-    (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision/__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torchvision", raising=False)  # another test may have imported the real one
-    monkeypatch.setattr(vision.ctypes, "CDLL", lambda path: None)
-    assert vision._library_is_broken()
-    (tmp_path / "torchvision" / name).touch()
-    assert not vision._library_is_broken()
 
 
 def test_torch_without_distributed_imports(checkout):

@@ -1,45 +1,23 @@
-"""``python -m fastopt``: the demo from its arguments to its table, picture, JSON and exit status; info and build."""
+"""``python -m fastopt demo`` from its arguments to its table, picture, JSON and exit status."""
 
 import functools
 import io
 import json
-import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastopt
 from fastopt.__main__ import main
-from fastopt.demo import data, glyphs, models, parity, plot, report, train
-from fastopt.demo.progress import Progress
+from fastopt.demo import data, models, report, train
+from paths import child_environment
 
 QUICK = ["demo", "--model", "lenet", "--steps", "4", "--batch-size", "16", "--quiet"]
 
 
-@pytest.fixture(autouse=True)
-def few_drawn_digits(tmp_path, monkeypatch):
-    """No digits around, few drawn ones, and torch's threads as they were."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("FASTOPT_DATA", raising=False)
-    monkeypatch.setattr(data.glyphs, "draw", lambda n, stream, draw=glyphs.draw: draw(n // 20, stream))
-    n_threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(n_threads)
-
-
-def run_python_m_fastopt(*arguments, folder):
-    """In a process of its own, as a user would."""
-    package_folder = str(Path(fastopt.__file__).parents[1])
-    paths = [package_folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "fastopt", *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-
+pytestmark = pytest.mark.usefixtures("few_drawn_digits")
 
 # The demo, end to end.
 
@@ -49,7 +27,8 @@ def test_demo_writes_table_json_and_picture(tmp_path):
     pytest.importorskip("matplotlib")
     files = ["--json", "out.json", "--png", "out.png"]
     options = ["--model", "lenet", "--steps", "6", "--batch-size", "32", "--threads", "2", "--seed", "3"]
-    ran = run_python_m_fastopt("demo", *options, *files, folder=tmp_path)
+    command = [sys.executable, "-m", "fastopt", "demo", *options, *files]
+    ran = subprocess.run(command, cwd=tmp_path, env=child_environment(), capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Parity holds." in ran.stdout
     assert "fastopt_acc_%" in ran.stdout
@@ -189,87 +168,6 @@ def test_weights_come_from_the_seed_alone():
     assert not torch.equal(first_weight(1), weight)
 
 
-# Parity, broken in each way that it can be.
-
-
-class WrongRate(torch.optim.Adam):
-    def __init__(self, params, lr=1e-3, **arguments):
-        super().__init__(params, lr=1.01 * lr, **arguments)
-
-
-class SkippedBias(torch.optim.Adam):
-    """Leaves the last tensor, ten numbers of a million, as it was."""
-
-    def step(self):
-        last = self.param_groups[0]["params"][-1]
-        before = last.detach().clone()
-        super().step()
-        with torch.no_grad():
-            last.copy_(before)
-
-
-class WrongLoss(torch.nn.CrossEntropyLoss):
-    def forward(self, input, target):
-        return super().forward(input, target) * 1.0001
-
-
-class WrongGradient(torch.nn.CrossEntropyLoss):
-    def forward(self, input, target):
-        loss = super().forward(input, target)
-        return loss.detach() + 1.001 * (loss - loss.detach())
-
-
-class NanLoss(torch.nn.CrossEntropyLoss):
-    def forward(self, input, target):
-        return super().forward(input, target) * math.nan
-
-
-@pytest.mark.parametrize(
-    ("name", "broken", "reason"),
-    [
-        ("Adam", WrongRate, "fed the same gradients the weights differ in step 1"),
-        ("Adam", SkippedBias, "fed the same gradients the weights differ in step 1"),
-        ("CrossEntropyLoss", WrongLoss, "on the same logits the losses differ in step 1"),
-        ("CrossEntropyLoss", WrongGradient, "on the same logits the losses differ in step 1"),
-        ("CrossEntropyLoss", NanLoss, "fastopt's loss in step 1 is nan"),
-    ],
-)
-def test_broken_parity_is_reported_with_exit_status_1(name, broken, reason, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fastopt, name, broken)
-    assert main([*QUICK, "--optimizer", "adam", "--json", "out.json", "--png", "out.png"]) == 1
-    out = capsys.readouterr().out
-    assert "BROKEN" in out
-    assert reason in out
-    reported = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
-    assert reported["parity"] is False
-
-
-def judge(torch_losses=(2.0, 1.0), fastopt_losses=(2.0, 1.0), torch_accuracy=98.0, fastopt_accuracy=98.0):
-    shadow = parity.Shadow(torch.nn.Linear(1, 1), None, None, None)
-    shadow.loss_errors, shadow.update_errors = [0.5], [0.5]
-    return parity.judge(shadow, list(torch_losses), list(fastopt_losses), torch_accuracy, fastopt_accuracy)
-
-
-def test_small_differences_keep_parity():
-    assert judge().ok
-    assert judge(fastopt_losses=(2.0, 1.2), fastopt_accuracy=96.5).ok
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"fastopt_losses": (2.0, 1.3)}, "mean losses of the last 1 steps differ by 0.300, 0.250 allowed"),
-        ({"fastopt_accuracy": 95.0}, "test accuracies differ by 3.00 points, 2.00 allowed"),
-        ({"torch_losses": (math.inf, 1.0)}, "torch's loss in step 1 is inf"),
-        ({"fastopt_losses": (2.0, math.nan)}, "fastopt's loss in step 2 is nan"),
-    ],
-)
-def test_different_final_losses_or_accuracies_break_parity(changed, reason):
-    verdict = judge(**changed)
-    assert not verdict.ok
-    assert reason in verdict.reasons
-
-
 # Bad arguments.
 
 
@@ -318,7 +216,7 @@ def test_progress_is_a_bar_on_a_terminal_and_four_lines_elsewhere():
 
     terminal, plain, silent = Terminal(), io.StringIO(), io.StringIO()
     for stream, quiet in ((terminal, False), (plain, False), (silent, True)):
-        progress = Progress("adam", 100, quiet=quiet, stream=stream)
+        progress = report.Progress("adam", 100, quiet=quiet, stream=stream)
         for _ in range(100):
             progress.step()
     assert terminal.getvalue().startswith("\radam")
@@ -337,58 +235,10 @@ def test_medians_leave_the_warm_up_out():
 
 
 def test_smoothed_curve_starts_at_the_first_loss_and_follows_a_constant():
-    assert plot._smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
-    assert plot._smooth([4.0, 0.0])[0] == 4.0
+    assert report._smooth([2.0, 2.0, 2.0]) == pytest.approx([2.0, 2.0, 2.0])
+    assert report._smooth([4.0, 0.0])[0] == 4.0
 
 
 def test_columns_of_a_table_line_up():
     table = report._aligned([("name", "ms"), ("a", "10.5"), ("longer", "1.0")], 1)
     assert table == "name      ms\na       10.5\nlonger   1.0"
-
-
-# info and build.
-
-
-def test_info_prints_what_fastopt_info_returns(monkeypatch, capsys):
-    reported = {"backend": "native-cpu-x", "library": None, "cuda_archs": [], "threads": 2, "archs": ["a", "b"]}
-    monkeypatch.setattr(fastopt, "info", lambda: reported)
-    assert main(["info"]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "backend     native-cpu-x",
-        "library     none",
-        "cuda_archs  none",
-        "threads     2",
-        "archs       a, b",
-    ]
-    assert main(["info", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == reported
-
-
-def test_info_runs_in_a_process_of_its_own(tmp_path):
-    ran = run_python_m_fastopt("info", "--json", folder=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout)["threads"] >= 1
-
-
-def test_build_prints_the_library_or_the_reason_why_not(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(fastopt, "build", lambda verbose: seen.append(verbose) or Path("/somewhere/lib.so"))
-    assert main(["build", "--verbose"]) == 0
-    assert seen == [True]
-    assert capsys.readouterr().out == "/somewhere/lib.so\n"
-
-    def fail(verbose):
-        raise RuntimeError("fastopt cannot be built: no compiler")
-
-    monkeypatch.setattr(fastopt, "build", fail)
-    assert main(["build"]) == 3
-    streams = capsys.readouterr()
-    assert streams.out == ""
-    assert "fastopt cannot be built: no compiler" in streams.err
-
-
-def test_no_command_is_an_error_that_names_it(capsys):
-    with pytest.raises(SystemExit) as exited:
-        main([])
-    assert exited.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastopt.demo.idx import DataError, read_idx
+from fastopt.demo.data import DataError, read_idx
 
 NUMBERS = [0, 1, 2, 27, 28, 29, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
 SHAPES = [(0,), (1,), (10,), (0, 28, 28), (1, 28, 28), (2, 3, 5), (4, 0, 7)]

@@ -1,19 +1,37 @@
-"""``python -m fastopt bench compare``: finds where fastopt has become slower from one run to another.
+"""Finds where fastopt has become slower from one run of ``python -m fastopt bench --json`` to another.
+
+    python benchmarks/compare.py FIRST.json SECOND.json [--tolerance SHARE] [--mean-tolerance SHARE]
 
 Times of two runs differ with the machine and its load. So ratios of times that took turns in one process are compared:
 fastopt's time over that of the fastest of torch's implementations, or over a plain copy's where torch was not timed.
 """
 
+import argparse
 import math
 import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
-from . import report
+from fastopt import __main__ as fastopt_main
+from fastopt._arguments import EXIT_STATUS, non_negative
+from fastopt.bench import report
+from table import bad_input, read_json
 
 TOLERANCE = 0.25  # of one case
 MEAN_TOLERANCE = 0.05  # of the geometric mean of all, in which the noise of single cases averages out
 FLAGGED = 0.10  # a change worth a note; torch's time has stayed if it changed by less
 OTHER_CONDITIONS = 0.25  # a change of torch's own times that no noise explains
+
+DESCRIPTION = """\
+Compare two runs of python -m fastopt bench by fastopt's time over that of the fastest of torch's implementations, which
+took turns with it; over a plain copy's where torch was not timed. Exits with 1 if a case or the mean of all is slower
+than the tolerances allow, if fastopt's time alone is where torch's stayed, or if a case of the first run is missing or
+not timed in the second. On a busy machine the times of a single case differ by half from run to run: repeat a run that
+is slower before believing it."""
+TOLERANCE_HELP = "rise of a case that is no failure; default: %(default)s"
+MEAN_TOLERANCE_HELP = f"""rise of the geometric mean of all cases that is no failure; default: {MEAN_TOLERANCE}, and for
+few cases the tolerance of one over the root of their number"""
 
 CONDITIONS = {
     "processor": lambda machine: machine["processor"],
@@ -137,3 +155,26 @@ def _line(width, change, is_slower, *notes):
     relative, ours, torch = ("-" if value is None else f"{value:.2f}" for value in change[2:])
     numbers = f"{relative:>8}  {ours:>7}  {torch:>7}"
     return "  ".join([f"{change.name:<{width}}", numbers, *filter(None, (flag, change.note, *notes))])
+
+
+def main(argv=None):
+    """Compare two files and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/compare.py", description=DESCRIPTION, epilog=EXIT_STATUS)
+    parser.add_argument("first", type=Path, metavar="FIRST.json")
+    parser.add_argument("second", type=Path, metavar="SECOND.json")
+    parser.add_argument("--tolerance", type=non_negative, default=TOLERANCE, metavar="SHARE", help=TOLERANCE_HELP)
+    parser.add_argument("--mean-tolerance", type=non_negative, metavar="SHARE", help=MEAN_TOLERANCE_HELP)
+    return fastopt_main.main(argv, parser, _compare)
+
+
+def _compare(args, parser):
+    with bad_input(parser):
+        runs = read_json(args.first), read_json(args.second)
+        found = changes(*runs)
+    lines, is_no_slower = judge(found, args.tolerance, args.mean_tolerance)
+    print("\n".join([*conditions(*runs), *lines]))
+    return 0 if is_no_slower else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,14 +1,17 @@
-"""``python -m fastopt bench sweep``: finds rows, many small and large ones, in which fastopt is slower than torch."""
+"""Finds rows, many small and large ones, in which fastopt is slower than torch: python benchmarks/sweep.py --help."""
 
 import argparse
 import random
+import sys
 import time
+from math import prod
 
 import torch
 
-from .._arguments import at_least, non_negative
-from . import cases, measure, work
-from .providers import NotOffered, providers_for
+from fastopt import __main__ as fastopt_main
+from fastopt._arguments import EXIT_STATUS, at_least, non_negative
+from fastopt.bench import cases, measure, tables, work
+from fastopt.bench.providers import NotOffered, providers_for
 
 BAR = 0.95  # torch's time over fastopt's
 NOISE_US = 2.0
@@ -16,7 +19,6 @@ MIN_ROW_S, MAX_ROW_S = 0.01, 1.0
 N_TRIES, N_ROUNDS_AGAIN, AGAIN_S = 3, 11, 0.5  # of rows that look slow: in all, then in each try, for so long at least
 SECONDS, QUICK_SECONDS, QUICK_BYTES = 600.0, 60.0, 8e6
 
-HELP = "look for anything that is slower than torch; exit with 1 if something is"
 DESCRIPTION = f"""\
 Time every optimizer and loss over many options, sizes, layouts, dtypes and numbers of threads, beside the fastest of
 torch's eager implementations (for-loop, foreach, fused). Prints the rows that fall short: fastopt takes more than
@@ -24,6 +26,68 @@ torch's time / {BAR}, and over {NOISE_US:g} us more. Such a row is made and meas
 It is printed if it falls short each time, with the bytes that it must move and the rate at which it and a plain copy
 move them: where the rates are the same, no kernel can do better. Rows are taken in a random order, so that a short
 sweep is a sample. Exits with 1 if a row falls short, with 3 if fastopt does not run."""
+
+
+MODELS = (
+    ("one of 10", ((10,),)),
+    ("4 tensors, 0.8 k", ((64, 8), (64,), (4, 64), (4,))),
+    ("LeNet, 44 k", tables.LENET),
+    ("300 tensors of 64", ((64,),) * 300),
+    ("12 tensors, 1.6 M", ((512, 512), (512,)) * 6),
+    ("3 tensors, 6 M", ((4000, 1000), (2000, 1000), (1000,))),
+)
+SHAPES = (
+    *((1, 10), (64, 2), (64, 10), (256, 100), (8192, 5), (128, 1000), (2048, 1000)),
+    *((1, 32000), (128, 32000)),
+    *((16, 10, 2), (1024, 10, 2), (8, 4000, 2), (512, 100, 4), (64, 1000, 8)),  # few positions after the classes
+    *((4, 21, 64, 64), (2, 19, 256, 256)),
+)
+# Layouts beside those of the benchmark, and the numbers of dimensions that each is for.
+work.LAYOUTS |= {
+    "transposed": lambda values: values.transpose(0, 1).contiguous().transpose(0, 1),
+    "rows apart": lambda values: values.repeat_interleave(2, 0)[::2],
+}
+LAYOUT_DIMS = {"channels_last": (3, 4), "transposed": (2,), "rows apart": (2,)}
+
+
+def sweep_rows(rng=None, dtypes=tuple(cases.DTYPES)):
+    """All rows of the sweep; with a ``random.Random`` of shapes that it draws."""
+    all_shapes = SHAPES if rng is None else _drawn_shapes(rng)
+    models = MODELS if rng is None else list(_drawn_models(rng))
+    for optimizer in tables.OPTIMIZERS:
+        label = " ".join([optimizer.name, *cases.shown(optimizer.options)])
+        for model, shapes in models if optimizer.torch_class else ():
+            for dtype, suffix in cases.DTYPES.items():
+                if dtype in dtypes:
+                    yield cases.OptimizerCase(optimizer, f"{label}: {model}{suffix}", shapes, dtype)
+    for loss in tables.LOSSES:
+        for variant in loss.variants:
+            n_dims = LAYOUT_DIMS.get(str(variant), (2, 3, 4))
+            for shape in all_shapes:
+                if len(shape) in n_dims:
+                    yield from (cases.loss_case(loss, shape, dtype, variant) for dtype in dtypes)
+
+
+def _drawn_models(rng):
+    for _ in range(5):
+        n_tensors, n_params = _log_uniform(rng, 1, 400), _log_uniform(rng, 200, 4e6)
+        mean = n_params / n_tensors
+        shapes = tuple((max(1, round(mean * rng.uniform(0.3, 1.7))),) for _ in range(n_tensors))
+        yield f"{n_tensors} tensors, {sum(map(prod, shapes)):,}", shapes
+
+
+def _drawn_shapes(rng):
+    shapes = []
+    while len(shapes) < 14:
+        after = rng.choice([(), (), (), (300,), (128, 128)])
+        shape = (_log_uniform(rng, 1, 4000), _log_uniform(rng, 2, 60000), *(_log_uniform(rng, 1, n) for n in after))
+        if 20 <= prod(shape) <= 6e6:
+            shapes.append(shape)
+    return shapes
+
+
+def _log_uniform(rng, low, high):
+    return round(low * (high / low) ** rng.random())
 
 
 class Times(dict):
@@ -43,29 +107,27 @@ class Times(dict):
         return self.ratio < BAR and self["fastopt"] - self[self.torch] > NOISE_US
 
 
-def add_arguments(parser):
-    """The sweep's arguments on ``parser``; those it shares with the benchmark may stand before the command too."""
-    parser.description = DESCRIPTION
-    parser.set_defaults(bench_command=run)
-    shared = dict(default=argparse.SUPPRESS)
+def main(argv=None):
+    """Sweep and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/sweep.py", description=DESCRIPTION, epilog=EXIT_STATUS)
     only = 'rows whose name has TEXT, with ", N threads" as it is printed'
-    parser.add_argument("--only", metavar="TEXT", help=only, **shared)
-    parser.add_argument("--threads", type=at_least(1), help="threads of both; default: torch's, and 1", **shared)
+    parser.add_argument("--only", default="", metavar="TEXT", help=only)
+    parser.add_argument("--threads", type=at_least(1), help="threads of both; default: torch's, and 1")
     quick = f"{QUICK_SECONDS:g} s, no row of over {QUICK_BYTES / 1e6:g} MB"
-    parser.add_argument("--quick", action="store_true", help=quick, **shared)
-    parser.add_argument("--list", action="store_true", help="list the rows and the bytes they must move", **shared)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--list", action="store_true", help="list the rows and the bytes they must move")
     parser.add_argument("--seed", type=at_least(0), metavar="N", help="draw the shapes at random")
     seconds = f"time for all rows, which share it; what it does not reach is left out; default: {SECONDS:g}"
     parser.add_argument("--seconds", type=non_negative, metavar="S", help=seconds)
+    return fastopt_main.main(argv, parser, _run)
 
 
-def run(args, parser):
-    """Sweep as ``args`` say and return the exit status."""
+def _run(args, parser):
     rng = random.Random(args.seed)
     before = torch.get_num_threads()
     pairs = {
         f"{row.name}, {n_threads} thread{'s' * (n_threads > 1)}": (row, n_threads)
-        for row in cases.sweep_rows(rng if args.seed is not None else None)
+        for row in sweep_rows(rng if args.seed is not None else None)
         for n_threads in ([args.threads] if args.threads else sorted({before, 1}, reverse=True))
         if not (args.quick and row.bytes_moved > QUICK_BYTES)
     }
@@ -135,18 +197,19 @@ def calls_of(row):
     """The call of each eager provider, by name; of torch's only those that work."""
     ready, calls, n_expected = work.prepare(row, "cpu"), {}, None
     for provider in providers_for(row, "cpu"):
-        if provider.package not in ("torch", "fastopt") or provider.compiles:
+        if provider.compiles:
             continue
         try:
             started = ready.start(provider)
             started.call()
         except (NotOffered, RuntimeError, TypeError, ValueError):
-            if provider.package == "torch":
+            if provider.name.startswith("torch"):
                 continue
             raise
         if row.kind == "optimizer":
             # torch 2.13's fused SGD updates a few elements at the end of 16-bit tensors, and leaves the others.
-            n_changed = ready.n_changed(started)
+            pairs = zip(started.results(), ready.params, strict=True)
+            n_changed = sum(torch.count_nonzero(after != before).item() for after, before in pairs)
             n_expected = n_changed if n_expected is None else n_expected  # the for-loop's
             if n_changed <= 0.9 * n_expected:
                 continue
@@ -154,3 +217,7 @@ def calls_of(row):
     if "fastopt" not in calls:
         raise RuntimeError("the step leaves parameters as they are")
     return calls
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,5 @@
 """Draws ratios as a PNG: one bar a case, torch's and its compiler's time over fastopt's."""
 
-from . import machine
-
 BARS = (
     ("ratio", "fastest torch / fastopt", "#1f77b4"),
     ("ratio_to_compile", "torch.compile / fastopt", "#ee4c2c"),
@@ -38,6 +36,7 @@ def save(file, reported):
     axis.set_axisbelow(True)
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="best", fontsize="small")
-    title = f"{machine.short_name(reported['machine'])}, torch {reported['machine']['torch']}"
-    axis.set_title(title, fontsize="medium")
+    machine = reported["machine"]
+    chip = machine["gpu"]["name"] if machine["gpu"] else f"{machine['processor']}, {machine['threads']} threads"
+    axis.set_title(f"{chip}, torch {machine['torch']}", fontsize="medium")
     figure.savefig(file, dpi=110, format="png")
