@@ -1,4 +1,4 @@
-"""Where the repository and the C++ compiler lie, and how children find modules. Imports no torch, which takes seconds."""
+"""Where the repository and g++ lie, and how children find modules. Imports no torch, which takes seconds."""
 
 import os
 import shutil
