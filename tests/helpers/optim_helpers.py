@@ -1,9 +1,11 @@
 """Shared by the tests of optimizers against torch's: outcomes, errors among them, and programs for two classes."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from optimizers import IN_TORCH, OURS, THEIRS
 
@@ -72,6 +74,20 @@ class Maker:
 
 def seen(params, optimizer):
     return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+
+
+@contextlib.contextmanager
+def global_hooks(log):
+    """Hooks of every optimizer's step, which log their names."""
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: log.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: log.append("global post")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def named(name, program):
