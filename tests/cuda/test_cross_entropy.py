@@ -15,10 +15,6 @@ cross_entropy = fastopt.functional.cross_entropy
 kinds = pytest.mark.parametrize("options", KINDS, ids=str)
 
 
-def tensor(*args, **kwargs):
-    return to_device(torch.tensor(*args, **kwargs))
-
-
 KERNEL_KINDS = [
     ((1, 10), "a thread for the row"),
     ((600, 10), "threads for rows, several blocks"),
@@ -90,11 +86,11 @@ def test_gradients_are_scaled_on_the_device(dtype, n):
     target = to_device(torch.arange(n) % 3)
     for factor in (1.0, 0.5, 1024.0, float("nan")):
         loss = cross_entropy(x, target)
-        (grad,) = torch.autograd.grad(loss, x, tensor(factor, dtype=dtype), retain_graph=True)
-        (again,) = torch.autograd.grad(loss, x, tensor(factor, dtype=dtype))
+        (grad,) = torch.autograd.grad(loss, x, torch.tensor(factor, dtype=dtype), retain_graph=True)
+        (again,) = torch.autograd.grad(loss, x, torch.tensor(factor, dtype=dtype))
         (truth,) = torch.autograd.grad(
-            F.cross_entropy(wide := x.detach().double().requires_grad_(), target), wide, tensor(factor).double()
+            F.cross_entropy(wide := x.detach().double().requires_grad_(), target), wide, torch.tensor(factor).double()
         )
         assert torch.equal(grad.nan_to_num(), again.nan_to_num())
         assert grad.dtype == dtype
-        assert error(grad, truth) <= 8 * torch.finfo(dtype).eps * max(1.0, tensor(factor).nan_to_num().item())
+        assert error(grad, truth) <= 8 * torch.finfo(dtype).eps * max(1.0, torch.tensor(factor).nan_to_num().item())

@@ -15,10 +15,6 @@ cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=str)
 NEEDS_STEP = [case for case in OPTIM_CASES if "step" in case.row.states(case.options)]
 
 
-def tensor(*args, **kwargs):
-    return to_device(torch.tensor(*args, **kwargs))
-
-
 def step_both(case, shapes, dtype=torch.float32, n_steps=4, own=None, others=None):
     """Parameters after some steps of our optimizer and of torch's in float64."""
     results = []
@@ -99,7 +95,7 @@ def test_step_counts_on_the_device_are_counted_there(case, how):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @cases
 def test_a_learning_rate_on_the_device_is_read_there(case, dtype):
-    lr = tensor(case.options.get("lr", 1e-3), dtype=dtype)
+    lr = torch.tensor(case.options.get("lr", 1e-3), dtype=dtype)
     results = []
     for cls, kind, rate in ((case.ours, torch.float32, lr), (case.theirs, torch.float64, lr.item())):
         params = make_params([(5,), (3000,)], kind)
@@ -128,7 +124,7 @@ def test_a_scalers_numbers_are_read_on_the_device(case, skipped):
             if ours:
                 for p in params:
                     p.grad *= scale
-                optimizer.grad_scale, optimizer.found_inf = tensor(scale), tensor(2.0 * (step in skipped))
+                optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(2.0 * (step in skipped))
                 optimizer.step()
                 if step not in skipped:
                     assert params[0].grad.abs().max() < 10, "gradients are left unscaled"
@@ -154,7 +150,7 @@ def test_states_may_have_another_dtype(name, dtype, state_dtype, n):
     param, grad = values[0].to(dtype), values[1].to(dtype)
     states = [v.abs().to(state_dtype) for v in values[2:]]
     expected = [t.double() for t in (param, grad, *states)]
-    steps = [tensor(3.0)]
+    steps = [torch.tensor(3.0)]
     if name == "sgd_":
         torch.ops.fastopt.sgd_([param], [grad], states[:1], lr=0.5, momentum=0.5)
         reference_of("sgd_")(expected[:1], expected[1:2], expected[2:3], lr=0.5, momentum=0.5)
@@ -162,11 +158,11 @@ def test_states_may_have_another_dtype(name, dtype, state_dtype, n):
         lists, wide = [[s] for s in states], [[s] for s in expected[2:]]
         options = dict(lr=0.5, momentum=0.5, centered=False)
         torch.ops.fastopt.rmsprop_([param], [grad], *lists, steps, **options)
-        reference_of("rmsprop_")(expected[:1], expected[1:2], *wide, [tensor(3.0)], **options)
+        reference_of("rmsprop_")(expected[:1], expected[1:2], *wide, [torch.tensor(3.0)], **options)
     else:
         torch.ops.fastopt.adam_([param], [grad], states[:1], states[1:2], [], steps, lr=0.5)
         wide = expected[2:3], expected[3:4]
-        reference_of("adam_")(expected[:1], expected[1:2], *wide, [], [tensor(3.0)], lr=0.5)
+        reference_of("adam_")(expected[:1], expected[1:2], *wide, [], [torch.tensor(3.0)], lr=0.5)
     for value, truth in zip((param, *states), (expected[0], *expected[2:]), strict=True):
         assert error(value, truth) <= 2 * torch.finfo(value.dtype).eps * max(1.0, truth.abs().max().item())
 

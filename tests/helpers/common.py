@@ -1,4 +1,4 @@
-"""Shared by all tests: the path that runs, and the rule by which a result is accepted."""
+"""Shared by all tests: the path that runs, outcomes of calls, and the rule by which a result is accepted."""
 
 import contextlib
 
@@ -54,6 +54,20 @@ def threads(count):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def outcome(call):
+    """The value that a call returns, or the exception that it raises."""
+    try:
+        return call()
+    except Exception as failure:
+        return failure
+
+
+def attempt(call):
+    """An outcome in a form that can be compared: what is returned, or type and message of the exception."""
+    found = outcome(call)
+    return (type(found).__name__, str(found)) if isinstance(found, Exception) else found
 
 
 def error(value, truth):

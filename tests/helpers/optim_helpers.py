@@ -1,4 +1,4 @@
-"""Shared by the tests of optimizers against torch's: outcomes, errors among them, and programs for two classes."""
+"""Shared by the tests of optimizers against torch's: steps, what is compared, and programs for two classes."""
 
 import contextlib
 import copy
@@ -10,14 +10,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from optimizers import IN_TORCH, OURS, THEIRS
 
 
-def outcome(call):
-    """The value that a call returns, or the exception that it raises."""
-    try:
-        return call()
-    except Exception as failure:
-        return failure
-
-
 def step_through(optimizer, params, n_steps, first=0):
     """Steps with gradients that depend on the step alone, the same for any dtype but for rounding."""
     for step in range(first, first + n_steps):
@@ -26,12 +18,6 @@ def step_through(optimizer, params, n_steps, first=0):
             wide = torch.complex128 if p.is_complex() else torch.float64
             p.grad = torch.randn(p.shape, generator=generator, dtype=wide).to(p.dtype)
         optimizer.step()
-
-
-def attempt(call):
-    """An outcome in a form that can be compared: what is returned, or type and message of the exception."""
-    found = outcome(call)
-    return (type(found).__name__, str(found)) if isinstance(found, Exception) else found
 
 
 def assert_same(found, expected, where=""):

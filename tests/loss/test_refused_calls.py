@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import devices
 import fastopt
+from common import attempt
 from loss_cases import make_values
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
@@ -14,17 +15,9 @@ cross_entropy = fastopt.functional.cross_entropy
 NAN = float("nan")
 
 
-def outcome(function, args, options):
-    """The value of a call, or the type and message of its exception."""
-    try:
-        return function(*args, **options)
-    except Exception as error:
-        return type(error), str(error)
-
-
 def assert_same_outcome(args, options):
-    theirs = outcome(F.cross_entropy, args, options)
-    ours = outcome(cross_entropy, args, options)
+    theirs = attempt(lambda: F.cross_entropy(*args, **options))
+    ours = attempt(lambda: cross_entropy(*args, **options))
     if isinstance(theirs, torch.Tensor):
         assert isinstance(ours, torch.Tensor), f"torch accepts this, we raise {ours}"
         assert (ours.dtype, ours.device, ours.layout) == (theirs.dtype, theirs.device, theirs.layout)

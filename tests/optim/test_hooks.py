@@ -2,7 +2,8 @@
 
 import torch
 
-from optim_helpers import attempt, global_hooks, seen, step_through, with_torchs_class_and_ours
+from common import attempt
+from optim_helpers import global_hooks, seen, step_through, with_torchs_class_and_ours
 
 
 def hooks_that_raise(make):
