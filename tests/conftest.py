@@ -1,4 +1,4 @@
-"""Runs tables of tests on each device; skips what needs kernels without them; fixtures of the stand-in package."""
+"""Runs tables of tests on each device; skips what needs kernels without them; fixtures of all tests."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 
 import devices
 import sample
-from common import is_native
+from common import forget_factors, is_native
 from stand_in import Containing, Package
 
 
@@ -44,6 +44,13 @@ def pytest_report_header(config):
 
     cases = "a sample of the cases; --all runs all" if sample.is_wanted(config) else "all cases"
     return f"fastopt: {fastopt.info()['backend']}; {cases}"
+
+
+@pytest.fixture(autouse=True)
+def no_factors_of_other_tests(device):
+    """A backward runs the kernel again where the factor is not the expected one, and tests count how often it runs."""
+    if is_native() and device == devices.CPU:
+        forget_factors()
 
 
 @pytest.fixture

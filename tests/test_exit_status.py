@@ -35,6 +35,7 @@ def no_variables(tmp_path, monkeypatch):
 
 # Bad input.
 
+NO_DIRECTORY = "must name a directory, or a path at which one can be made, got"
 BAD_VARIABLES = [
     ("FASTOPT_BACKEND", "cuda", "FASTOPT_BACKEND must be one of auto, native, reference, got 'cuda'"),
     ("FASTOPT_BACKEND", "Native", "FASTOPT_BACKEND must be one of auto, native, reference, got 'Native'"),
@@ -46,17 +47,9 @@ BAD_VARIABLES = [
     ("TORCH_CUDA_ARCH_LIST", "8.0;abacus", "TORCH_CUDA_ARCH_LIST holds 'abacus', which is no compute capability; set"),
     ("TORCH_CUDA_ARCH_LIST", ";", "TORCH_CUDA_ARCH_LIST=';' holds no compute capability; set TORCH_CUDA_ARCH_LIST to"),
     ("CXX", "c++ -pipe", "CXX must name one program, got 'c++ -pipe'; put flags into CFLAGS"),
-    (
-        "FASTOPT_CACHE_DIR",
-        "file",
-        "FASTOPT_CACHE_DIR must name a directory, or a path at which one can be made, got 'f",
-    ),
-    (
-        "FASTOPT_CACHE_DIR",
-        "file/in",
-        "FASTOPT_CACHE_DIR must name a directory, or a path at which one can be made, got",
-    ),
-    ("XDG_CACHE_HOME", "file", "XDG_CACHE_HOME must name a directory, or a path at which one can be made, got 'file'"),
+    ("FASTOPT_CACHE_DIR", "file", f"FASTOPT_CACHE_DIR {NO_DIRECTORY} 'file'"),
+    ("FASTOPT_CACHE_DIR", "file/in", f"FASTOPT_CACHE_DIR {NO_DIRECTORY} 'file/in'"),
+    ("XDG_CACHE_HOME", "file", f"XDG_CACHE_HOME {NO_DIRECTORY} 'file'"),
 ]
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import fastopt
 from common import DTYPES, HALVES, assert_no_worse, error
-from drawn_examples import assert_as_exact, drawn
+from drawn_examples import drawn
 from loss_cases import loss_and_grad, make_values, truth_of
+from loss_helpers import assert_as_exact
 from optimizers import OPTIMIZERS
 
 dtypes = st.sampled_from(DTYPES)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastopt
-from common import is_native, kernel_calls
-from optim_helpers import assert_same, attempt, seen
+from common import attempt, is_native, kernel_calls
+from optim_helpers import assert_same, seen
 from optimizers import IN_TORCH, OURS, THEIRS
 
 cross_entropy = fastopt.functional.cross_entropy

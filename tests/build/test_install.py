@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 
-from stand_in import FAKE_NVCC, ROOT, USE, USE_CUDA
+from stand_in import CUDA_INFO, FAKE_NVCC, ROOT, USE, USE_CUDA
 
 pytestmark = pytest.mark.slow
 
@@ -123,10 +123,6 @@ def test_wheel_and_sdist_carry_all_of_csrc(project):
 
 # The CUDA library in a wheel
 
-INFO_OF_CUDA = """
-    from fastopt._build import native
-    print(native.info()["cuda"])
-"""
 CUDA_FILES = {"fastopt/_cuda.so", "fastopt/_cuda.json"}
 
 
@@ -152,7 +148,7 @@ def test_wheel_built_with_nvcc_serves_any_gpu(cuda_project, tmp_path):
     os.unlink(nvcc)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     site = {"PYTHONPATH": str(tmp_path / "site"), "CXX": "/nonexistent/c++"}
-    out, err = cuda_project.run_cuda(USE_CUDA + INFO_OF_CUDA, gpus=((12, 1),), **site)
+    out, err = cuda_project.run_cuda(USE_CUDA + CUDA_INFO, gpus=((12, 1),), **site)
     assert out.splitlines() == ["{True}", "native-cuda: sm_121, compiled at installation"]
     assert err == ""
 
@@ -174,7 +170,7 @@ def test_cuda_kernels_that_cannot_be_compiled_break_the_installation_only_if_for
     assert reason in err
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     cuda_project.add_nvcc()
-    out, _ = cuda_project.run_cuda(INFO_OF_CUDA, PYTHONPATH=str(tmp_path / "site"))
+    out, _ = cuda_project.run_cuda(CUDA_INFO, PYTHONPATH=str(tmp_path / "site"))
     assert "installation could not" in out
     assert reason in out
     (cuda_project.root / "bin/nvcc").unlink()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80")
 IN_DETAIL = "sm_90"
-SHIM = Path(__file__).parents[1] / "cuda_shim" / "grid.h"
+SHIM = Path(__file__).parents[1] / "cuda_shim" / "shared_memory.h"
 # Of each block, by the system: from sm_90 on, cuobjdump counts them with a kernel's own shared memory.
 RESERVED_SHARED_BYTES, RESERVED_IS_COUNTED_FROM = 1024, 90
 

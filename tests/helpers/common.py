@@ -1,4 +1,4 @@
-"""Shared by all tests: the path that runs, and the rule by which a result is accepted."""
+"""Shared by all tests: the path that runs, outcomes of calls, and the rule by which a result is accepted."""
 
 import contextlib
 
@@ -6,6 +6,7 @@ import torch
 
 from fastopt import _ops
 from fastopt._build import native
+from fastopt.nn.functional import cross_entropy
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +22,18 @@ def kernel_calls(name):
     "cuda" (of both); 0 on the reference path."""
     module = native.module()
     return module.kernel_calls()[name] if module is not None else 0
+
+
+def forget_factors():
+    """From now on a loss on the CPU expects the same factor of its gradient as the first of a process.
+
+    Factors are kept in 61 places, each for the last kind of losses that has it (csrc/torch/losses/loss_factor.cpp).
+    The losses here take all of them, with numbers of classes that no test has.
+    """
+    target = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for n_classes in range(3101, 3162):
+        logits = torch.zeros(1, n_classes, dtype=torch.float64, device="cpu", requires_grad=True)
+        cross_entropy(logits, target).backward()
 
 
 def reference_of(op):
@@ -41,6 +54,20 @@ def threads(count):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def outcome(call):
+    """The value that a call returns, or the exception that it raises."""
+    try:
+        return call()
+    except Exception as failure:
+        return failure
+
+
+def attempt(call):
+    """An outcome in a form that can be compared: what is returned, or type and message of the exception."""
+    found = outcome(call)
+    return (type(found).__name__, str(found)) if isinstance(found, Exception) else found
 
 
 def error(value, truth):

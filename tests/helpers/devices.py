@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,10 +16,8 @@ import torch
 
 from fastopt._build import commands, cuda, native, recipe
 from fastopt._build.environment import cache_dir
-from paths import ROOT, TESTS
+from paths import CXX, ROOT, SHIM
 
-SHIM = TESTS / "cuda_shim"
-CXX = shutil.which("g++")
 CPU, SHIM_DEVICE, CUDA = "cpu", "shim", "cuda"
 
 _current = CPU

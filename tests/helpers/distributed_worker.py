@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 
 import distributed_checkpoints
+import distributed_dtensor_loss
 import distributed_loss
 import distributed_modes
 import distributed_steps
 
 TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: an error in one process must not hang the others
-TABLES = (distributed_modes, distributed_steps, distributed_loss, distributed_checkpoints)
+TABLES = (distributed_modes, distributed_steps, distributed_loss, distributed_dtensor_loss, distributed_checkpoints)
 CHECKS = {name: check for table in TABLES for name, check in table.CHECKS.items()}
 
 

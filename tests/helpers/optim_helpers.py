@@ -1,19 +1,13 @@
-"""Shared by the tests of optimizers against torch's: outcomes, errors among them, and programs for two classes."""
+"""Shared by the tests of optimizers against torch's: steps, what is compared, and programs for two classes."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from optimizers import IN_TORCH, OURS, THEIRS
-
-
-def outcome(call):
-    """The value that a call returns, or the exception that it raises."""
-    try:
-        return call()
-    except Exception as failure:
-        return failure
 
 
 def step_through(optimizer, params, n_steps, first=0):
@@ -24,12 +18,6 @@ def step_through(optimizer, params, n_steps, first=0):
             wide = torch.complex128 if p.is_complex() else torch.float64
             p.grad = torch.randn(p.shape, generator=generator, dtype=wide).to(p.dtype)
         optimizer.step()
-
-
-def attempt(call):
-    """An outcome in a form that can be compared: what is returned, or type and message of the exception."""
-    found = outcome(call)
-    return (type(found).__name__, str(found)) if isinstance(found, Exception) else found
 
 
 def assert_same(found, expected, where=""):
@@ -72,6 +60,20 @@ class Maker:
 
 def seen(params, optimizer):
     return [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+
+
+@contextlib.contextmanager
+def global_hooks(log):
+    """Hooks of every optimizer's step, which log their names."""
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: log.append("global pre")),
+        register_optimizer_step_post_hook(lambda *_: log.append("global post")),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def named(name, program):

@@ -1,11 +1,14 @@
-"""Where the repository lies, and how children find its modules. Without torch, which takes seconds to import."""
+"""Where the repository and g++ lie, and how children find modules. Imports no torch, which takes seconds."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
+SHIM = TESTS / "cuda_shim"
+CXX = shutil.which("g++")
 
 
 def child_environment(**variables):

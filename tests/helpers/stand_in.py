@@ -38,6 +38,11 @@ USE_CUDA = """
     print({native.cuda() for _ in range(3)})
 """
 
+CUDA_INFO = """
+    from fastopt._build import native
+    print(native.info()["cuda"])
+"""
+
 # Prints what nvcc prints about itself, logs its arguments, and compiles with c++.
 FAKE_NVCC = """
 case "$1" in
@@ -175,6 +180,9 @@ class Containing:
 
     def __repr__(self):
         return f"text containing {self.words}"
+
+
+CUDA_COMPILED = Containing("compiling the CUDA kernels", "compiled in")
 
 
 def script(path, body):

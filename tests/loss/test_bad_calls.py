@@ -10,7 +10,7 @@ import fastopt
 NAN, INF = float("nan"), float("inf")
 X, T, W = torch.linspace(-1, 1, 20).view(4, 5), torch.tensor([0, 1, 2, 3]), torch.linspace(0.5, 1, 5)
 
-# Arguments by position and by name; dtypes, shapes and targets out of range are in test_cross_entropy_edges.py.
+# Arguments by position and by name; dtypes, shapes and targets out of range are in test_refused_calls.py.
 ROWS = {
     "ignore_index 1.5": ((X, T), dict(ignore_index=1.5)),
     "ignore_index None": ((X, T), dict(ignore_index=None)),

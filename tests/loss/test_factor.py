@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastopt
-from common import DTYPES, assert_no_worse, error, kernel_calls
+from common import DTYPES, assert_no_worse, error, forget_factors, kernel_calls
 from loss_cases import make_values
 
 pytestmark = pytest.mark.native
@@ -74,6 +74,21 @@ def test_repeated_factor_costs_no_kernel(dtype):
         before = kernel_calls("cross_entropy")
         gradient(cross_entropy, x, target, 0.125)
         assert kernel_calls("cross_entropy") == before + 1
+
+
+def test_forgotten_factors_cost_no_kernel():
+    """Tests that count kernels rely on it: each begins with ``forget_factors``."""
+    kinds = [
+        (*logits_and_target((4, n_classes), dtype), reduction)
+        for n_classes, dtype, reduction in itertools.product((*range(2, 70), 1000), DTYPES, ("mean", "sum"))
+    ]
+    for x, target, reduction in kinds:
+        gradient(cross_entropy, x, target, 3.0, reduction)
+    forget_factors()
+    before = kernel_calls("cross_entropy")
+    for x, target, reduction in reversed(kinds):  # from those that were remembered last
+        gradient(cross_entropy, x, target, 1.0, reduction)
+    assert kernel_calls("cross_entropy") == before + len(kinds)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

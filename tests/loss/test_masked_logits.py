@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 import devices
 import fastopt
 from common import DTYPES, to_device
-from drawn_examples import N_EXAMPLES, assert_as_exact, drawn
+from drawn_examples import N_EXAMPLES, drawn
 from loss_cases import loss_and_grad, make_values, truth_of
+from loss_helpers import assert_as_exact
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE, devices.CUDA)
 

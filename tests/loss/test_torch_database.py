@@ -16,8 +16,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import fastopt
-from common import DTYPES, assert_no_worse
-from optim_helpers import attempt
+from common import DTYPES, assert_no_worse, attempt
 
 cross_entropy = fastopt.functional.cross_entropy
 (OP,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")

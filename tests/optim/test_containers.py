@@ -8,8 +8,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 import fastopt
-from common import kernel_calls
-from optim_helpers import attempt, named, seen, step_through, with_torchs_class_and_ours
+from common import attempt, kernel_calls
+from optim_helpers import named, seen, step_through, with_torchs_class_and_ours
 from optimizers import CONFIGURATIONS
 
 

@@ -7,7 +7,7 @@ import torch
 
 import fastopt
 from common import error
-from optim_cases import make_params, set_grads
+from optim_cases import make_params, take_steps
 
 SHAPES = [(7,), (5, 4), (3,)]
 WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes 0.50 optim/optimizer.py, Optimizer8bit.state_dict
@@ -142,12 +142,6 @@ sources = pytest.mark.parametrize(
 )
 
 
-def train(params, optimizer, first, last):
-    for step in range(first, last):
-        set_grads(params, seed=step)
-        optimizer.step()
-
-
 def groups(params):
     return [{"params": params[:2]}, {"params": params[2:]}]
 
@@ -156,7 +150,7 @@ def checkpoint(name="Adam", **options):
     """A state dict of torch's optimizer after four steps, the parameters then, and those three steps later."""
     params = make_params(SHAPES)
     optimizer = getattr(torch.optim, name)(groups(params), **options)
-    train(params, optimizer, 0, 4)
+    take_steps(params, optimizer, 0, 4)
     return copy.deepcopy((optimizer.state_dict(), params)), (params, optimizer)
 
 
@@ -164,12 +158,12 @@ def checkpoint(name="Adam", **options):
 @pytest.mark.parametrize("module", [fastopt, torch.optim], ids=["fastopt", "torch"])
 def test_a_run_continued_from_a_foreign_checkpoint_equals_an_uninterrupted_one(module, write, name, options, others):
     (state_dict, params), (whole, uninterrupted) = checkpoint(name, **options)
-    train(whole, uninterrupted, 4, 7)
+    take_steps(whole, uninterrupted, 4, 7)
     foreign = write(state_dict)
     before = copy.deepcopy(foreign)
     optimizer = getattr(module, name)(groups(params), **{**options, **others})
     optimizer.load_state_dict(fastopt.convert_state_dict(foreign, optimizer))
-    train(params, optimizer, 4, 7)
+    take_steps(params, optimizer, 4, 7)
     for p, q in zip(params, whole, strict=True):
         assert error(p, q) <= (0 if module is torch.optim else 2e-6)
     # In torch's form to the last key; the foreign dict is as it was.

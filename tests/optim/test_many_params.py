@@ -6,9 +6,8 @@ import pytest
 import torch
 
 import fastopt
-from common import DTYPES, kernel_calls, threads
+from common import DTYPES, kernel_calls, outcome, threads
 from optim_cases import OPTIM_CASES
-from optim_helpers import outcome
 from optimizers import BY_NAME, CONFIGURATIONS
 
 pytestmark = pytest.mark.native

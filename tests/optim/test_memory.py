@@ -230,14 +230,10 @@ FREED = """
 """
 
 
-def in_subprocess(program, *arguments, timeout=100):
-    command = [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-
-
 def test_freed_memory_raises_an_error():
     """As by untyped_storage().resize_(0), with which FSDP frees what it can gather again."""
-    result = in_subprocess(FREED, CONFIGURATIONS)
+    command = [sys.executable, "-c", textwrap.dedent(FREED), str(CONFIGURATIONS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
     assert result.stdout == "lives\n", (result.returncode, result.stdout[-2000:], result.stderr[-2000:])
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastopt
-from common import is_native, kernel_calls
-from optim_helpers import assert_same, outcome
+from common import is_native, kernel_calls, outcome
+from optim_helpers import assert_same
 from optimizers import BY_NAME, CONFIGURATIONS, OURS, THEIRS
 
 N_STEPS = 3

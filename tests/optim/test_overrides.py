@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastopt
+from common import attempt
 from fastopt.optim import optimizer as optimizer_module
-from optim_helpers import attempt, seen, step_through, with_torchs_class_and_ours
+from optim_helpers import seen, step_through, with_torchs_class_and_ours
 from optimizers import CONFIGURATIONS
 
 

@@ -6,7 +6,8 @@ import itertools
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from optim_helpers import attempt, outcome, seen, step_through, with_torchs_class_and_ours
+from common import attempt, outcome
+from optim_helpers import seen, step_through, with_torchs_class_and_ours
 
 # Of a group, with values that are allowed for some class and not the default.
 CHANGES = [

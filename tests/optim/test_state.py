@@ -13,19 +13,12 @@ import torch
 import devices
 import fastopt
 from common import error, kernel_calls
-from optim_cases import OPTIM_CASES, make_params, set_grads
+from optim_cases import OPTIM_CASES, make_params, set_grads, take_steps
 
 RUNS_ON = (devices.CPU, devices.SHIM_DEVICE)
 
 SHAPES = [(7,), (5, 4), (3,), (64, 33)]
-ids = [str(case) for case in OPTIM_CASES]
-all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=ids)
-
-
-def take_steps(params, optimizer, first, last):
-    for step in range(first, last):
-        set_grads(params, seed=step)
-        optimizer.step()
+all_cases = pytest.mark.parametrize("case", OPTIM_CASES, ids=str)
 
 
 def assert_equal_params(params, others, tolerance=0.0):

@@ -10,7 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from optim_helpers import Maker, attempt, seen, step_through, with_torchs_class_and_ours
+from common import attempt
+from optim_helpers import Maker, seen, step_through, with_torchs_class_and_ours
 from optimizers import THEIRS
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 import fastopt
-from common import DTYPES, HALVES, assert_no_worse, error
+from common import DTYPES, HALVES, assert_no_worse, error, outcome
 from optim_cases import OPTIM_CASES
-from optim_helpers import outcome, step_through
+from optim_helpers import step_through
 from optimizers import NAMES, OPTIMIZERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -118,6 +118,13 @@ LOGITS = [
     Logits((6, 10), "classes_expanded", "class stride 0"),
 ]
 
+# One shape for each loop: narrow rows, wide rows in two blocks, columns.
+LOOPS = [
+    Logits((37, 10), "contiguous", "narrow rows"),
+    Logits((5, 2100), "contiguous", "wide rows"),
+    Logits((2, 12, 300), "contiguous", "columns"),
+]
+
 
 @dataclass(frozen=True)
 class Options:

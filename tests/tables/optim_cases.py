@@ -101,3 +101,9 @@ def set_grads(params, seed):
     for i, p in enumerate(params):
         grad = torch.randn(p.shape, generator=generator, device="cpu", dtype=torch.float64) * 10.0 ** (-(i % 4))
         p.grad = grad.to(p.device, p.dtype)
+
+
+def take_steps(params, optimizer, first, last):
+    for step in range(first, last):
+        set_grads(params, seed=step)
+        optimizer.step()
