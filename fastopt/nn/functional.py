@@ -5,22 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import TorchFunctionMetadataMode
 from torch.nn import _reduction
-from torch.overrides import (
-    _get_current_function_mode_stack,
-    _get_overloaded_args,
-    handle_torch_function,
-    has_torch_function_variadic,
-)
-from torch.utils._device import DeviceContext
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from .. import _calls, reference
 from .._build import native
 from . import dtensors, vocab_parallel
-
-# Subclasses with a dispatch of their own (DTensor) support torch's operators, not ours.
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+from .overrides import PLAIN_TYPES, is_overridden
 
 
 def cross_entropy(
@@ -125,7 +116,7 @@ def _cross_entropy(
         if not _has_kernels(input.device.type):
             return reference.torch_cross_entropy(*arguments)
         return torch.ops.fastopt.cross_entropy(*arguments)
-    if type(input) in _PLAIN_TYPES and (input.is_cpu or (input.is_cuda and native.cuda())):
+    if type(input) in PLAIN_TYPES and (input.is_cpu or (input.is_cuda and native.cuda())):
         library = native.module()
         if library is None:
             if inplace_backward:
@@ -186,16 +177,7 @@ def _overridden(
 
 @torch.jit.unused
 def _is_overridden(input: Tensor, target: Tensor, weight: Tensor | None) -> bool:
-    """True if a subclass or a mode overrides torch's functions; the default device concerns new tensors only.
-
-    While a program is compiled, a mode that records functions' names is active if Dynamo does not trace into this
-    function: it replaced torch.nn.functional.cross_entropy when Dynamo listed torch's own functions.
-    """
-    harmless = (DeviceContext, TorchFunctionMetadataMode) if torch.compiler.is_compiling() else (DeviceContext,)
-    # _get_overloaded_args includes plain tensors.
-    return any(type(tensor) is not Tensor for tensor in _get_overloaded_args((input, target, weight))) or any(
-        type(mode) not in harmless for mode in _get_current_function_mode_stack()
-    )
+    return is_overridden((input, target, weight))
 
 
 @torch.jit.unused
