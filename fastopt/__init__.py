@@ -8,21 +8,20 @@ from . import nn as nn
 from ._build.native import build, empty_cache, info
 from ._calls import count_calls
 from .convert import convert_state_dict
-from .nn import CrossEntropyLoss, functional
+from .nn import *  # noqa: F403
 from .optim import *  # noqa: F403
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CrossEntropyLoss",
     "build",
     "convert_state_dict",
     "count_calls",
     "empty_cache",
-    "functional",
     "info",
     "nn",
     "optim",
+    *nn.__all__,
     *optim.__all__,
 ]
 

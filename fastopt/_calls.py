@@ -1,5 +1,6 @@
 """Counts which path the calls of fastopt took: kernels, reference or torch's own."""
 
+import collections
 import contextlib
 import os
 import threading
@@ -8,9 +9,14 @@ from torch.compiler import is_compiling
 
 from ._build import native
 
-_KERNELS = {"step": "update", "cross_entropy": "cross_entropy"}  # names among the extension's counts
+_KERNELS = {"step": "update"}  # the name of each call among the extension's counts
 _lock = threading.Lock()
-_counts = {(call, path): 0 for call in _KERNELS for path in ("reference", "torch")}  # since the process began
+_counts = collections.Counter()  # of the other paths, since the process began
+
+
+def register(*losses):
+    """Have :func:`count_calls` count these functions."""
+    _KERNELS.update((loss, loss) for loss in losses)
 
 
 def note(call, path):
@@ -40,7 +46,7 @@ def count_calls():
     Entering the block loads the library, or compiles it, as the first use of a kernel does.
 
     Returns:
-        A context manager that gives a dict. After the block, its "step" and "cross_entropy" are dicts of numbers:
+        A context manager that gives a dict. After the block, its "step" and that of each loss are dicts of numbers:
         "kernel", "reference" (plain torch of fastopt) and "torch" (torch's own implementation).
 
     Raises:
@@ -61,9 +67,9 @@ def _numbers(library):
     of_library = library.kernel_calls() if library is not None else {}
     kernels = {(call, "kernel"): of_library.get(name, 0) for call, name in _KERNELS.items()}
     with _lock:
-        numbers = {**kernels, **_counts}
-    numbers["cross_entropy", "torch"] += of_library.get("torch_cross_entropy", 0)  # which the library hands to torch
-    return numbers
+        others = {(call, path): _counts[call, path] for call in _KERNELS for path in ("reference", "torch")}
+    others["cross_entropy", "torch"] += of_library.get("torch_cross_entropy", 0)  # which the library hands to torch
+    return {**kernels, **others}
 
 
 def _after_fork_in_child():

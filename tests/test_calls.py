@@ -42,7 +42,8 @@ def test_steps_count_on_the_path_they_take(name):
     with fastopt.count_calls() as calls:
         optimizer.step()
         optimizer.step(lambda: torch.ones(()))
-    assert calls == {"step": counts(**{default_path(): 2}), "cross_entropy": counts()}
+    assert calls.pop("step") == counts(**{default_path(): 2})
+    assert set(map(str, calls.values())) == {str(counts())}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,7 +85,8 @@ def test_losses_count_on_the_path_they_take(requires_grad):
         loss = loss_of(input)
         if requires_grad:
             loss.backward()
-    assert calls == {"step": counts(), "cross_entropy": counts(**{default_path(): 1})}
+    assert calls.pop("cross_entropy") == counts(**{default_path(): 1})
+    assert set(map(str, calls.values())) == {str(counts())}
 
 
 def test_a_gradient_that_is_computed_in_the_backward_counts_again():

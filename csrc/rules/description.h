@@ -4,24 +4,9 @@
 #include <type_traits>  // is_same_v
 
 #include "common.h"
+#include "names.h"
 
-namespace fastopt {
-
-// The number of names in a list such as "lr, momentum".
-constexpr int count_names(const char* names) {
-  int n = *names != '\0';
-  for (; *names; ++names) n += *names == ',';
-  return n;
-}
-
-}  // namespace fastopt
-
-// Fields of type double: options, as the operator's schema names them.
-// An option whose name ends in 1 or 2 is one of a pair in the param group: beta1 is betas[0].
-#define FASTOPT_NUMBERS(...)                            \
-  double __VA_ARGS__;                                   \
-  static constexpr const char* kNumbers = #__VA_ARGS__; \
-  static constexpr int kNumberCount = ::fastopt::count_names(#__VA_ARGS__);
+// Options whose name ends in 1 or 2 are a pair in the param group: beta1 is betas[0].
 
 // The numbers that a parameter's state keeps, each in a tensor of float32 or float64.
 #define FASTOPT_SCALARS(...)                                                     \

@@ -18,12 +18,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     calls["cross_entropy"] = fastopt::kernel_calls().cross_entropy.load();
     calls["torch_cross_entropy"] = fastopt::kernel_calls().torch_cross_entropy.load();
     calls["cuda"] = fastopt::kernel_calls().cuda.load();
+    fastopt::add_pointwise_calls(calls);
     return calls;
   });
   module.def("set_streaming_threshold", &fastopt::cpu::set_streaming_threshold);
   module.def("empty_cache", &fastopt::release_kept_block);
   fastopt::bind_cross_entropy(module);
   fastopt::bind_cross_entropy_shard(module);
+  fastopt::bind_pointwise_losses(module);
   fastopt::bind_cuda_library(module);
   fastopt::bind_step_plan(module);
 }

@@ -8,16 +8,6 @@
 namespace fastopt {
 namespace {
 
-std::vector<std::string> split_names(std::string_view list) {
-  std::vector<std::string> names;
-  while (!list.empty()) {
-    const size_t end = std::min(list.find(','), list.size());
-    names.emplace_back(list.substr(0, end));
-    list.remove_prefix(std::min(list.find_first_not_of(", ", end), list.size()));
-  }
-  return names;
-}
-
 NumberOption number_option(const std::string& name) {
   const bool is_of_pair = name.back() == '1' || name.back() == '2';
   if (!is_of_pair) return {name, name, -1, false};

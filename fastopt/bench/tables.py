@@ -117,6 +117,7 @@ LOSSES = (
             (BOTH, FLOAT32, "channels_last", (8, 21, 256, 256)),
         ),
     ),
+    Loss("mse_loss"),
 )
 
 # Shapes of tensors.

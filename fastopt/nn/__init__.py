@@ -1,6 +1,6 @@
 """Fused losses: subclasses of their namesakes in :mod:`torch.nn`, and functions as in :mod:`torch.nn.functional`."""
 
-from . import functional
-from .loss import CrossEntropyLoss
+from . import functional, loss
+from .loss import *  # noqa: F403
 
-__all__ = ["CrossEntropyLoss", "functional"]
+__all__ = ["functional", *loss.__all__]

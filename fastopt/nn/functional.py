@@ -12,6 +12,9 @@ from .. import _calls, reference
 from .._build import native
 from . import dtensors, vocab_parallel
 from .overrides import PLAIN_TYPES, is_overridden
+from .pointwise import *  # noqa: F403
+
+_calls.register("cross_entropy")
 
 
 def cross_entropy(

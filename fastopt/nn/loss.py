@@ -7,6 +7,8 @@ import torch
 from . import functional
 from .vocab_parallel import SavedGroup
 
+__all__ = ["CrossEntropyLoss", "MSELoss"]
+
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """:func:`fastopt.functional.cross_entropy` as a module; arguments, buffers and errors of torch's namesake.
@@ -67,3 +69,15 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             inplace_backward=self.inplace_backward,
             process_group=self.process_group,
         )
+
+
+class MSELoss(torch.nn.MSELoss):
+    """:func:`fastopt.functional.mse_loss` as a module; arguments and errors of torch's namesake.
+
+    Args:
+        size_average, reduce: deprecated, as in torch.
+        reduction: "none", "mean" or "sum". Default: "mean"
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)

@@ -10,7 +10,7 @@ from fastopt.bench.providers import Provider
 
 SHAPES = ((3, 5), (1,), (129,))
 SMALL_STEPS = [OptimizerCase(row, row.label, SHAPES) for row in tables.OPTIMIZERS if row.label]
-(CROSS_ENTROPY,) = tables.LOSSES
+CROSS_ENTROPY, *_ = tables.LOSSES
 SMALL_LOSSES = [
     LossCase(CROSS_ENTROPY, (7, 10)),
     LossCase(CROSS_ENTROPY, (7, 10), options=dict(label_smoothing=0.1)),

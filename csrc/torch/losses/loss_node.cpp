@@ -45,7 +45,9 @@ variable_list LossNode::apply(variable_list&& grad_outputs) {
     lock_saved();
     return variable_list(num_outputs());
   }
-  if (at::GradMode::is_enabled()) return differentiable_backward(grad_output);
+  if (at::GradMode::is_enabled()) {
+    return differentiate_composite(unpacked_inputs(), grad_output, /*create_graph=*/true);
+  }
   const bool is_traced = !is_plain_ || backend_of(grad_output) == Backend::kNone || has_dispatch_modes();
   return backward(grad_output, {is_traced, is_forward_mode_on() && grad_output._fw_grad(/*level=*/0).defined()});
 }
@@ -107,10 +109,18 @@ at::Tensor LossNode::scaled(size_t i, const at::Tensor& gradient, const at::Tens
   return scale_gradient(gradient, factor, dtype(i), may_reuse);
 }
 
+variable_list LossNode::composite_gradients(const at::Tensor& grad_output) {
+  at::AutoGradMode enabled(true);
+  Inputs inputs = unpacked_inputs();
+  for (size_t i = 0; i < num_outputs(); ++i) {
+    if (task_should_compute_output(i)) inputs[i] = inputs[i].detach().set_requires_grad(true);
+  }
+  return differentiate_composite(std::move(inputs), grad_output, /*create_graph=*/false);
+}
+
 // Differentiates with respect to aliases of the inputs, whose own hooks then run when the derivatives that are found
 // here reach the inputs, and not before.
-variable_list LossNode::differentiable_backward(const at::Tensor& grad_output) {
-  Inputs inputs = unpacked_inputs();
+variable_list LossNode::differentiate_composite(Inputs inputs, const at::Tensor& grad_output, bool create_graph) {
   variable_list wanted, gradients(num_outputs());
   for (size_t i = 0; i < gradients.size(); ++i) {
     if (!task_should_compute_output(i)) continue;
@@ -118,8 +128,8 @@ variable_list LossNode::differentiable_backward(const at::Tensor& grad_output) {
     wanted.push_back(inputs[i]);
   }
   if (wanted.empty()) return gradients;
-  variable_list found =
-      torch::autograd::grad({composite(inputs)}, wanted, {grad_output}, /*retain_graph=*/true, /*create_graph=*/true);
+  variable_list found = torch::autograd::grad({composite(inputs)}, wanted, {grad_output},
+                                              /*retain_graph=*/create_graph, create_graph);
   for (size_t i = 0, n_found = 0; i < gradients.size(); ++i) {
     if (task_should_compute_output(i)) gradients[i] = std::move(found[n_found++]);
   }

@@ -66,6 +66,8 @@ class LossNode : public torch::autograd::Node {
   at::Tensor saved_gradient(size_t i, bool& may_reuse);
   // The gradient of input i times a factor that broadcasts against it, in the input's dtype.
   at::Tensor scaled(size_t i, const at::Tensor& gradient, const at::Tensor& factor, Mode mode, bool may_reuse) const;
+  // The gradients that the composite's own backward gives, in torch's operators. Not while compiled autograd traces.
+  variable_list composite_gradients(const at::Tensor& grad_output);
   at::ScalarType dtype(size_t i) const { return gradients_[i].dtype; }
 
  private:
@@ -77,7 +79,7 @@ class LossNode : public torch::autograd::Node {
 
   // Locks the mutex while something saved is read. Raises if it has been released.
   std::unique_lock<std::mutex> lock_saved();
-  variable_list differentiable_backward(const at::Tensor& grad_output);
+  variable_list differentiate_composite(Inputs inputs, const at::Tensor& grad_output, bool create_graph);
   template <class F>
   void for_each_saved(F&& f);
 
