@@ -3,11 +3,12 @@
 
 #include <tuple>
 
+#include "losses/l1.h"
 #include "losses/mse.h"
 
 namespace fastopt {
 
-using PointwiseLosses = std::tuple<MseLoss>;
+using PointwiseLosses = std::tuple<MseLoss, L1Loss>;
 
 constexpr int kPointwiseLosses = std::tuple_size_v<PointwiseLosses>;
 

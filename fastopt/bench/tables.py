@@ -118,6 +118,7 @@ LOSSES = (
         ),
     ),
     Loss("mse_loss"),
+    Loss("l1_loss"),
 )
 
 # Shapes of tensors.

@@ -7,7 +7,7 @@ import torch
 from . import functional
 from .vocab_parallel import SavedGroup
 
-__all__ = ["CrossEntropyLoss", "MSELoss"]
+__all__ = ["CrossEntropyLoss", "L1Loss", "MSELoss"]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -81,3 +81,15 @@ class MSELoss(torch.nn.MSELoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return functional.mse_loss(input, target, reduction=self.reduction)
+
+
+class L1Loss(torch.nn.L1Loss):
+    """:func:`fastopt.functional.l1_loss` as a module; arguments and errors of torch's namesake.
+
+    Args:
+        size_average, reduce: deprecated, as in torch.
+        reduction: "none", "mean" or "sum". Default: "mean"
+    """
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.l1_loss(input, target, reduction=self.reduction)

@@ -9,11 +9,33 @@ from .. import _calls
 from .._build import native
 from .overrides import PLAIN_TYPES, is_overridden
 
-__all__ = ["mse_loss"]
+__all__ = ["l1_loss", "mse_loss"]
 _calls.register(*__all__)
 
 # Kept here, for programs may put ours in their place.
+_torch_l1_loss = F.l1_loss
 _torch_mse_loss = F.mse_loss
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Mean absolute error; loss and gradients in one sweep.
+
+        loss_i = |input_i - target_i|
+
+    Arguments and result as :func:`mse_loss`; values, gradients, warnings and errors of
+    :func:`torch.nn.functional.l1_loss`.
+    """
+    if torch.jit.is_scripting():
+        return _torch_l1_loss(input, target, size_average, reduce, reduction, weight)
+    for_kernel = (reduction,) if size_average is None and reduce is None and weight is None else None
+    return _loss(_torch_l1_loss, (input, target), for_kernel, (size_average, reduce, reduction, weight))
 
 
 def mse_loss(

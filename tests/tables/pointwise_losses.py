@@ -34,4 +34,5 @@ class PointwiseLoss:
 
 LOSSES = [
     PointwiseLoss("mse_loss", "MSELoss", "derivatives of any size"),
+    PointwiseLoss("l1_loss", "L1Loss", "a derivative that jumps", saves_derivatives=True),
 ]
