@@ -3,7 +3,6 @@
 
 #include "common.h"
 #include "names.h"
-#include "rules/description.h"  // FASTOPT_NUMBERS
 
 namespace fastopt {
 

@@ -68,7 +68,8 @@ def test_list_prints_every_case_and_its_bytes(capsys):
 
 @pytest.mark.slow
 def test_run_from_end_to_end(tmp_path):
-    command = [sys.executable, "-m", "fastopt", "bench", "--quick", "--only", "64 x 10", "--threads", "1"]
+    case = "cross-entropy 64 x 10"
+    command = [sys.executable, "-m", "fastopt", "bench", "--quick", "--only", case, "--threads", "1"]
     paths = [str(Path(fastopt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     ran = subprocess.run(
@@ -78,12 +79,12 @@ def test_run_from_end_to_end(tmp_path):
     assert "cross-entropy 64 x 10  (read logits 4 B x 640" in ran.stdout
 
     found = table.read_json(tmp_path / "run.json")
-    assert found["command"] == "python -m fastopt bench --quick --only '64 x 10' --threads 1"
+    assert found["command"] == f"python -m fastopt bench --quick --only '{case}' --threads 1"
     assert found["settings"]["n_threads"] == found["machine"]["threads"] == 1
     assert found["machine"]["torch"] == torch.__version__
     assert found["machine"]["fastopt"]["version"] == fastopt.__version__
     (only,) = found["results"]
-    assert only["name"] == "cross-entropy 64 x 10"
+    assert only["name"] == case
     assert only["bytes_moved"] == 5632
     entries = {entry["provider"]: entry for entry in only["providers"]}
     assert entries["torch compile"]["status"] == "not run"

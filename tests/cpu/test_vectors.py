@@ -16,8 +16,8 @@ RULES = [rule for row in OPTIMIZERS for rule in row.rules]
 NARROW = [rule for row in OPTIMIZERS if not row.has_divisions for rule in row.rules]
 STORED = ("double", "float", "BFloat16", "Half")
 # Functions of the loss, of each stored type, kind of target and whether a gradient is wanted: the fewest operations on
-# vectors that all their loops have, exponentials among them.
-LOSS = {"read_row": 50, "row_gradient": 25, "tile_cross_entropy": 30, "write_row": 2}
+# vectors that all their loops have, exponentials of cross-entropy among them.
+LOSS = {"read_row": 50, "row_gradient": 25, "tile_cross_entropy": 30, "write_row": 2, "pointwise_clones": 3}
 WIDEST = {"baseline": "xmm", "v3": "ymm", "v4": "zmm"}
 ARITHMETIC = re.compile(r"v?(?:add|sub|mul|div|sqrt|fn?m(?:add|sub)\d+)([ps])[sd]$")
 

@@ -11,8 +11,10 @@
 
 #include "cpu/cross_entropy/solve.h"
 #include "cpu/cross_entropy/targets.h"
+#include "cpu/pointwise.h"
 #include "cpu/streaming.h"
 #include "cpu/update.h"
+#include "losses/pointwise_losses.h"
 #include "rules/rules.h"
 #include "run_on_threads.h"
 
@@ -90,11 +92,35 @@ std::vector<float> losses(const cpu::Threads& threads, int64_t n_outer, int64_t 
   return around;
 }
 
+// Mean squared error and both gradients.
+std::vector<float> squared_errors(const cpu::Threads& threads) {
+  const int64_t n = 70'001;
+  const std::vector<float> input = numbers(n, 3), target = numbers(n, 5);
+  std::vector<float> all(2 * n);
+  PointwiseProblem problem{};
+  problem.loss = 0;
+  static_assert(std::is_same_v<PointwiseLossAt<0>, MseLoss>);
+  problem.dtype = DType::kFloat32;
+  problem.n = n;
+  problem.inputs[0] = input.data();
+  problem.inputs[1] = target.data();
+  problem.wants_sum = true;
+  problem.gradients[0] = all.data();
+  problem.gradients[1] = all.data() + n;
+  problem.grad_scale = 1 / static_cast<double>(n);
+  all.push_back(static_cast<float>(cpu::pointwise(problem, threads)));
+  return all;
+}
+
 // Results of several callers at once that differ from one thread's, or are none.
 int count_wrong() {
   std::atomic<int> n_wrong{0};
-  const std::vector<float> one[] = {updated(kOne), losses(kOne, 3000, 10, 1), losses(kOne, 300, 1000, 1),
-                                    losses(kOne, 4, 19, 700), losses(kOne, 900, 10, 3)};
+  const std::vector<float> one[] = {updated(kOne),
+                                    losses(kOne, 3000, 10, 1),
+                                    losses(kOne, 300, 1000, 1),
+                                    losses(kOne, 4, 19, 700),
+                                    losses(kOne, 900, 10, 3),
+                                    squared_errors(kOne)};
   for (const std::vector<float>& result : one) n_wrong += result.empty();
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 3; ++caller) {
@@ -104,6 +130,7 @@ int count_wrong() {
       n_wrong += losses(kMany, 300, 1000, 1) != one[2];
       n_wrong += losses(kMany, 4, 19, 700) != one[3];
       n_wrong += losses(kMany, 900, 10, 3) != one[4];
+      n_wrong += squared_errors(kMany) != one[5];
     });
   }
   for (std::thread& caller : callers) caller.join();

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import fastopt
-from common import DTYPES, assert_no_worse, error, is_native, kernel_calls, threads
+from common import DTYPES, assert_no_worse, attempt, error, is_native, kernel_calls, threads
 from loss_helpers import EVERY_SIZE, streaming_beyond
-from optim_helpers import attempt
 from pointwise_losses import LOSSES
 
 all_losses = pytest.mark.parametrize("loss", LOSSES, ids=str)

@@ -8,8 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from common import kernel_calls
-from optim_helpers import attempt
+from common import attempt, kernel_calls
 from pointwise_losses import LOSSES
 
 all_losses = pytest.mark.parametrize("loss", LOSSES, ids=str)
