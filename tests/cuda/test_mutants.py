@@ -128,25 +128,29 @@ MUTANTS = [
         LOSS,
     ),
     Mutant(
-        "a chunk goes to the entry before", "update_kernel.cuh", "first_chunk <= chunk", "first_chunk < chunk", UPDATE
+        "a chunk goes to the entry before",
+        "update_arguments.cuh",
+        "first_chunk <= chunk",
+        "first_chunk < chunk",
+        UPDATE,
     ),
     Mutant(
         "the ticket is not back at 0",
-        "update_kernel.cuh",
+        "update_arguments.cuh",
         "atomicInc(ticket, gridDim.x - 1) == gridDim.x - 1",
         "atomicInc(ticket, gridDim.x + 7) == gridDim.x - 1",
         UPDATE,
     ),
     Mutant(
         "no barrier before a rule that one thread finished is read",
-        "update_kernel.cuh",
+        "update_arguments.cuh",
         "memcpy(finished, &rule, sizeof(Rule));\n  }\n  __syncthreads();",
         "memcpy(finished, &rule, sizeof(Rule));\n  }",
         UPDATE,
     ),
     Mutant(
         "steps are counted before all blocks have read them",
-        "update_kernel.cuh",
+        "update_arguments.cuh",
         "if (!is_last) return;\n  constexpr",
         "if (blockIdx.x != 0) return;\n  constexpr",
         UPDATE,
@@ -212,7 +216,8 @@ def libraries(tmp_path_factory):
         csrc = folder / "csrc"
         for name in ("cuda", "rules", "update", "losses", "math"):
             shutil.copytree(ROOT / "csrc" / name, csrc / name)
-        shutil.copy(ROOT / "csrc" / "common.h", csrc)
+        for header in (ROOT / "csrc").glob("*.h"):
+            shutil.copy(header, csrc)
         changed = csrc / "cuda" / mutant.file
         text = changed.read_text()
         assert text.count(mutant.old) == 1, f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times"
