@@ -1,5 +1,6 @@
 """Runs tables of tests on each device; skips what needs kernels without them; fixtures of all tests."""
 
+import gc
 import shutil
 
 import pytest
@@ -37,6 +38,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "native" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # collecting garbage takes half a second where it looks at all items
 
 
 def pytest_report_header(config):

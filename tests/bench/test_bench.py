@@ -181,6 +181,7 @@ def test_compiled_providers_are_timed_in_a_process_of_their_own_beside_fastopt(m
     assert result["providers"][1]["fastopt_beside_us"] == 20.0
 
 
+@pytest.mark.slow
 def test_children_that_take_too_long_are_stopped():
     outcome, _, reason = runner._one_child(SMALL_LOSSES[0], Settings(timeout_s=0.0), ["torch"], runner.times)
     assert (outcome, reason) == (None, "no result in 0 s")

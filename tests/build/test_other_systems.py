@@ -79,6 +79,7 @@ def run(checkout, code, **variables):
     return ran.returncode, ran.stdout.strip(), ran.stderr
 
 
+@pytest.mark.slow
 def test_the_reference_path_trains_without_posix(checkout):
     assert run(checkout, TRAIN, FASTOPT_BACKEND="reference") == (0, "reference 0", "")
 
@@ -139,6 +140,7 @@ def test_a_cache_on_a_drive_that_is_not_there_is_named(monkeypatch):
         environment.check()
 
 
+@pytest.mark.slow
 def test_torch_without_distributed_imports(checkout):
     code = """
         torch.distributed.is_available = lambda: False

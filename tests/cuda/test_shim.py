@@ -24,7 +24,7 @@ from shim_self_test import (
     unsigneds,
 )
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="needs g++")]
 
 
 # Order

@@ -9,7 +9,7 @@ import pytest
 from paths import CXX
 from shim_self_test import IN_ORDER, SEEDS, SUCCESS, ints, unsigneds
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="needs g++")]
 
 VALUES = [(37 * lane) % 41 - 20 for lane in range(32)]
 

@@ -5,7 +5,7 @@ import pytest
 from paths import CXX, SHIM
 from shim_self_test import run_apart, run_sanitized
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="needs g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CXX is None, reason="needs g++")]
 MISUSES = [
     name.strip() for name in (SHIM / "misuse.cu").read_text().split("enum Misuse : int {")[1].split("}")[0].split(",")
 ]

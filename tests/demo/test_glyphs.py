@@ -39,6 +39,7 @@ def test_any_number_of_digits_can_be_drawn(n):
     assert labels.shape == (n,)
 
 
+@pytest.mark.slow
 def test_linear_model_is_less_accurate_than_lenet_on_drawn_digits():
     digits = data.draw(6000, 1000)
     images, labels = digits.normalize(digits.train.images), digits.train.labels

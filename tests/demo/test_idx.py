@@ -111,6 +111,7 @@ def test_any_bytes_give_the_array_or_a_data_error(tmp_path, draw):
         assert idx_bytes(read) == unpacked
 
 
+@pytest.mark.slow
 def test_the_reader_agrees_with_another_on_mutated_files(tmp_path):
     n_files, n_whole = fuzz_idx.fuzz(1, 0, tmp_path / "file")
     assert n_files > 50

@@ -136,6 +136,7 @@ FREED = """
 """
 
 
+@pytest.mark.slow
 def test_logits_that_were_freed_do_not_crash_the_process():
     """By itself: where it is not so, the others end with the process."""
     command = [sys.executable, "-c", textwrap.dedent(FREED)]

@@ -62,6 +62,7 @@ def test_arrays_at_the_peak(shape, dtype, factor, is_transposed, allowed, in_pla
     assert min(arrays(F.cross_entropy, *case)) > 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(environment.sanitizers()), reason="a sanitizer keeps freed memory")
 def test_few_rows_of_many_classes_leave_no_memory_allocated():
     program = """

@@ -140,6 +140,7 @@ def test_saved_programs_load_where_fastopt_is_not_imported(is_fresh, tmp_path):
     assert result.stdout == "without fastopt\n", result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_saved_script_needs_fastopt_and_runs_its_kernel(tmp_path):
     """A script keeps the operator, so that the kernels run."""

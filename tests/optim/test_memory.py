@@ -230,6 +230,7 @@ FREED = """
 """
 
 
+@pytest.mark.slow
 def test_freed_memory_raises_an_error():
     """As by untyped_storage().resize_(0), with which FSDP frees what it can gather again."""
     command = [sys.executable, "-c", textwrap.dedent(FREED), str(CONFIGURATIONS)]
@@ -276,6 +277,7 @@ def test_many_tensors_in_one_storage_take_no_longer_than_in_torch(name, options)
     assert ours <= 2 * theirs + 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.native
 def test_tensors_in_one_storage_take_no_longer_than_tensors_of_their_own():
     """A search of each tensor for each other would take some hundred times as long."""
