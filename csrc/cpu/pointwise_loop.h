@@ -1,7 +1,7 @@
 // The one CPU loop for all pointwise losses and stored types.
 #pragma once
 
-#include <algorithm>    // fill, min
+#include <algorithm>    // min
 #include <type_traits>  // is_same_v
 #include <utility>      // index_sequence
 

@@ -16,6 +16,7 @@
 #include "torch/losses/cross_entropy_node.h"
 #include "torch/losses/kept_gradient.h"
 #include "torch/losses/loss_factor.h"
+#include "torch/losses/python_loss.h"
 #include "torch/losses/scale_gradient.h"
 #include "torch/operators.h"
 
@@ -165,9 +166,6 @@ at::Tensor eager_loss(const CrossEntropyArguments& arguments, bool inplace_backw
 
 // --- Python --------------------------------------------------------------------------------------------------------
 
-// From this many logits on, the GIL is released while the loss is computed.
-constexpr int64_t kMinLogitsToReleaseGil = 1 << 15;
-
 // cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, inplace_backward). Returns
 // NotImplemented for an argument of another type than torch.Tensor or Parameter, int and float, which torch judges.
 PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, Py_ssize_t n_args) {
@@ -198,13 +196,7 @@ PyObject* cross_entropy_from_python(PyObject* /*self*/, PyObject* const* args, P
     if (losses_of_thread == n_before) ++kernel_calls().torch_cross_entropy;
     return loss;
   };
-  if (input.numel() < kMinLogitsToReleaseGil) return THPVariable_Wrap(run());
-  at::Tensor loss;
-  {
-    pybind11::gil_scoped_release no_gil;
-    loss = run();
-  }
-  return THPVariable_Wrap(std::move(loss));
+  return loss_object(input, run);
   END_HANDLE_TH_ERRORS
 }
 

@@ -11,12 +11,10 @@
 #include "torch/context.h"
 #include "torch/losses/loss_factor.h"
 #include "torch/losses/pointwise_call.h"
+#include "torch/losses/python_loss.h"
 
 namespace fastopt {
 namespace {
-
-// From this many elements on, the GIL is released while the loss is computed.
-constexpr int64_t kMinElementsToReleaseGil = 1 << 15;
 
 // True if something must see torch's operators, tracing among it, or converts their arguments.
 bool is_observed() {
@@ -77,13 +75,7 @@ PyObject* loss_from_python(PyObject* /*self*/, PyObject* const* args, Py_ssize_t
     }
   }
   if (options.reduction < 0 || is_observed() || !pointwise_kernel_takes(loss, inputs)) Py_RETURN_NOTIMPLEMENTED;
-  if (inputs[0].numel() < kMinElementsToReleaseGil) return THPVariable_Wrap(pointwise_loss(options, inputs));
-  at::Tensor result;
-  {
-    pybind11::gil_scoped_release no_gil;
-    result = pointwise_loss(options, inputs);
-  }
-  return THPVariable_Wrap(std::move(result));
+  return loss_object(inputs[0], [&] { return pointwise_loss(options, inputs); });
   END_HANDLE_TH_ERRORS
 }
 
